@@ -1,0 +1,1 @@
+"""Networks for classification and detection; they know torch alone."""

@@ -1,0 +1,40 @@
+"""The contract between a backbone and whatever stands on it.
+
+Letters in shapes: B batch, C channels, H W height and width.
+"""
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+
+class FeatureSpec(NamedTuple):
+    """What is known of a feature map before any picture is seen.
+
+    Attributes:
+        channels: number of channels C of the map.
+        stride: input pixels per cell, in both directions. A map of stride s over an input of side n has ceil(n / s) cells.
+    """
+
+    channels: int
+    stride: int
+
+
+class Backbone(nn.Module):
+    """A network that gives named feature maps.
+
+    Nobody looks inside a backbone: whoever needs a map asks for it by name when the backbone is built, and reads its
+    channels and stride from ``feature_specs``.
+
+    Attributes:
+        feature_specs: every map this backbone can give, by name, from the finest to the coarsest.
+        out_features: the names that ``forward`` returns, in the order of its dict.
+    """
+
+    feature_specs: dict[str, FeatureSpec]
+    out_features: tuple[str, ...]
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Float images [B, 3, H, W], already normalised -> the maps of ``out_features``, each [B, C, H/stride, W/stride]."""

@@ -1,0 +1,1 @@
+"""Object detection with a MobileNetV2 backbone and an SSDLite head."""

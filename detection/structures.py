@@ -1,0 +1,164 @@
+"""The nouns of the road from a file to a detection, each defined once.
+
+* Boxes are ``xyxy``: x1, y1, x2, y2 in absolute pixels of the image they accompany, float32, 0 <= x1 < x2 <= W.
+* Labels are ``0 .. K-1``; the background is never counted.
+* Sizes are (height, width).
+* Images are RGB uint8 until they reach the device; the network normalises them itself.
+
+Letters in shapes: B batch, H W height and width, A anchors, M objects of a picture (padded), N boxes, K classes,
+C columns of class logits (K, or K + 1 with the background as column 0).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+_Batch = TypeVar("_Batch", bound="Batch")
+
+
+class Placement(NamedTuple):
+    """Where a picture lies in the network's input: input_x = picture_x * scale_x + offset_x, the same for y."""
+
+    scale_x: float
+    scale_y: float
+    offset_x: float
+    offset_y: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Sample:
+    """One picture as a dataset gives it, ready to stand in a batch.
+
+    Attributes:
+        image: uint8 [H, W, 3], RGB, already at the network's input size.
+        boxes: float32 [N, 4], xyxy in pixels of ``image``.
+        labels: int64 [N].
+        image_id: the id of the picture in its annotation file.
+        original_size: (height, width) of the picture on disk.
+        placement: where the picture on disk lies in ``image``. After a random flip or crop it means nothing.
+        skipped: "path: reason" of every unreadable picture in whose place this one stands.
+    """
+
+    image: NDArray[np.uint8]
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    image_id: int
+    original_size: tuple[int, int]
+    placement: Placement
+    skipped: tuple[str, ...] = ()
+
+
+class Target(NamedTuple):
+    """The objects of a batch, padded to the same number M.
+
+    Attributes:
+        boxes: float32 [B, M, 4], xyxy in pixels of the network's input; zeros where not valid.
+        labels: int64 [B, M]; zero where not valid.
+        valid: bool [B, M], false on padding.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    valid: Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class Batch:
+    """Pictures and their objects, stacked.
+
+    Attributes:
+        images: uint8 [B, 3, H, W], RGB, channels-last in memory.
+        boxes, labels, valid: the fields of ``Target``.
+        image_ids: int64 [B].
+        original_sizes: int64 [B, 2], (height, width) of each picture on disk.
+        placements: float32 [B, 4], the fields of ``Placement`` in their order.
+        skipped: "path: reason" of every picture that could not be read while this batch was made.
+    """
+
+    images: Tensor
+    boxes: Tensor
+    labels: Tensor
+    valid: Tensor
+    image_ids: Tensor
+    original_sizes: Tensor
+    placements: Tensor
+    skipped: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def target(self) -> Target:
+        return Target(self.boxes, self.labels, self.valid)
+
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a training step takes: images, boxes, labels, valid."""
+        return self.images, self.boxes, self.labels, self.valid
+
+    def to(self: _Batch, device: torch.device, non_blocking: bool = False) -> _Batch:
+        """The same batch on another device; from pinned memory with ``non_blocking`` the host does not wait."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self: _Batch) -> _Batch:
+        """The same batch in page-locked memory. ``DataLoader(pin_memory=True)`` calls this."""
+        pinned: dict[str, Any] = {
+            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **pinned)
+
+
+class RawPredictions(NamedTuple):
+    """What the network says of every anchor, before any threshold.
+
+    Attributes:
+        box_encodings: float32 [B, A, 4], the box coder's numbers (x, y, w, h).
+        class_logits: float32 [B, A, C].
+        anchors: float32 [A, 4], xyxy in pixels of the network's input.
+    """
+
+    box_encodings: Tensor
+    class_logits: Tensor
+    anchors: Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class Detections:
+    """What was found in one picture, best first.
+
+    Attributes:
+        boxes: float32 [N, 4], xyxy in pixels of the picture as it was given.
+        scores: float32 [N] in 0..1.
+        labels: int64 [N].
+        class_names: name of each label, empty where nobody knows them.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def above(self, score: float) -> Detections:
+        """Those with at least this score."""
+        keep = self.scores >= score
+        return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
+
+    def cpu(self) -> Detections:
+        return replace(self, boxes=self.boxes.cpu(), scores=self.scores.cpu(), labels=self.labels.cpu())
+
+    def names(self) -> list[str]:
+        """The class name of each detection, or its label as text where names are unknown."""
+        return [self.class_names[i] if i < len(self.class_names) else str(i) for i in self.labels.tolist()]
