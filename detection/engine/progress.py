@@ -1,0 +1,256 @@
+"""What a training tells: a bar or lines for the person, metrics.jsonl and TensorBoard for the record."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from detection.engine.runtime import Runtime
+
+_log = logging.getLogger(__name__)
+
+_Item = TypeVar("_Item")
+
+SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal for a bar, within an epoch
+
+
+def with_wait(items: Iterable[_Item]) -> Iterator[tuple[_Item, float]]:
+    """Each item with the seconds that it was waited for."""
+    iterator = iter(items)
+    while True:
+        start = time.perf_counter()
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        yield item, time.perf_counter() - start
+
+
+@dataclass(slots=True, kw_only=True)
+class Reading:
+    """Means over the batches of a window (or an epoch) and over all processes.
+
+    Attributes:
+        losses: mean of each loss.
+        num_batches: batches of one process.
+        num_images: pictures of all processes.
+        seconds: how long the window took.
+        wait_seconds: how much of it this process waited for data.
+    """
+
+    losses: dict[str, float]
+    num_batches: int
+    num_images: int
+    seconds: float
+    wait_seconds: float
+
+    @property
+    def images_per_second(self) -> float:
+        return self.num_images / max(self.seconds, 1e-9)
+
+    @property
+    def wait_share(self) -> float:
+        return self.wait_seconds / max(self.seconds, 1e-9)
+
+    @staticmethod
+    def mean(readings: "list[Reading]") -> "Reading":
+        """Several windows as one."""
+        num_batches = sum(reading.num_batches for reading in readings)
+        return Reading(
+            losses={
+                name: sum(reading.losses[name] * reading.num_batches for reading in readings) / num_batches
+                for name in readings[0].losses
+            },
+            num_batches=num_batches,
+            num_images=sum(reading.num_images for reading in readings),
+            seconds=sum(reading.seconds for reading in readings),
+            wait_seconds=sum(reading.wait_seconds for reading in readings),
+        )
+
+
+class Meter:
+    """Sums losses on the device; the host waits for the device when ``read`` is called and at no other time."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+        self._num_batches = 0
+        self._num_images = 0
+        self._wait_seconds = 0.0
+        self._start = time.perf_counter()
+
+    def add(self, losses: dict[str, Tensor], num_images: int, wait_seconds: float) -> None:
+        """Takes in the losses (scalars on the device) of one batch."""
+        self._names = list(losses)
+        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        self._sums = values if self._sums is None else self._sums + values
+        self._num_batches += 1
+        self._num_images += num_images
+        self._wait_seconds += wait_seconds
+
+    def read(self) -> Reading:
+        """The means since the last reading. Every process has to call it after the same number of batches."""
+        assert self._sums is not None, "read() before add()"
+        sums = self._runtime.sum_over_processes(self._sums).tolist()
+        now = time.perf_counter()
+        count = self._num_batches * self._runtime.world_size
+        reading = Reading(
+            losses={name: value / count for name, value in zip(self._names, sums, strict=True)},
+            num_batches=self._num_batches,
+            num_images=self._num_images * self._runtime.world_size,
+            seconds=now - self._start,
+            wait_seconds=self._wait_seconds,
+        )
+        self._sums, self._num_batches, self._num_images, self._wait_seconds, self._start = None, 0, 0, 0.0, now
+        return reading
+
+
+@dataclass(slots=True)
+class RunLog:
+    """The record of a run in its folder, written by process 0 alone; on the others every call does nothing.
+
+    ``metrics.jsonl`` has a line per epoch, ``tensorboard/`` the curves and pictures. Used as a context manager.
+
+    Attributes:
+        run_dir: folder of the run, already there.
+        runtime: this process.
+        num_epochs: epochs of the whole training.
+        first_epoch: the epoch that this start begins with; lines of later ones in an old record are dropped.
+        first_step: the optimiser step that this start begins with.
+        num_steps: optimiser steps of the whole training.
+    """
+
+    run_dir: Path
+    runtime: Runtime
+    num_epochs: int
+    first_epoch: int
+    first_step: int
+    num_steps: int
+    writer: SummaryWriter | None = field(default=None, init=False)
+    _bar: "tqdm[Any] | None" = field(default=None, init=False)
+    _stack: ExitStack = field(default_factory=ExitStack, init=False)
+    _start: float = field(default_factory=time.perf_counter, init=False)
+    _last_line: float = field(default_factory=time.perf_counter, init=False)
+
+    def __enter__(self) -> "RunLog":
+        if self.runtime.is_main:
+            kept = [line for line in self._old_lines() if json.loads(line)["epoch"] <= self.first_epoch]
+            self._metrics_path.write_text("".join(f"{line}\n" for line in kept))
+            self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.first_step)
+            self._stack.callback(self.writer.close)
+            self._stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not through it
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._stack.close()
+
+    def start_epoch(self, epoch: int, num_steps: int) -> None:
+        if self.runtime.is_main:
+            shown = sys.stderr.isatty()
+            self._bar = tqdm(
+                total=num_steps,
+                desc=f"epoch {epoch + 1}/{self.num_epochs}",
+                unit="step",
+                leave=False,
+                dynamic_ncols=True,
+                disable=not shown,
+            )
+
+    def advance(self) -> None:
+        """One optimiser step more."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def window(self, epoch: int, step: int, reading: Reading, learning_rates: dict[str, float]) -> None:
+        """The readings since the last window; ``step`` optimiser steps are done."""
+        if self.writer is None or self._bar is None:
+            return
+        for name, value in reading.losses.items():
+            self.writer.add_scalar(f"train/{name}", value, step)
+        for name, value in learning_rates.items():
+            self.writer.add_scalar(f"lr/{name}", value, step)
+        self.writer.add_scalar("speed/images_per_second", reading.images_per_second, step)
+        self.writer.add_scalar("speed/data_wait_share", reading.wait_share, step)
+
+        text = f"{describe(reading)}, {_clock(self._seconds_left(step))} left"
+        self._bar.set_postfix_str(text)
+        now = time.perf_counter()
+        if self._bar.disable and now - self._last_line > SECONDS_BETWEEN_LINES:
+            _log.info("epoch %d/%d, step %d/%d: %s", epoch + 1, self.num_epochs, step, self.num_steps, text)
+            self._last_line = now
+
+    def end_epoch(
+        self,
+        epoch: int,
+        step: int,
+        reading: Reading,
+        learning_rates: dict[str, float],
+        metrics: dict[str, float],
+        *,
+        shown_metric: str,
+        is_best: bool,
+        seconds: float,
+    ) -> None:
+        """Closes the epoch's bar, prints its line and writes it down. ``metrics`` is empty without an evaluation."""
+        if self.writer is None or self._bar is None:
+            return
+        self._bar.close()
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"val/{name}", value, step)
+        self.writer.flush()
+        record = {
+            "epoch": epoch + 1,
+            "step": step,
+            "lr": learning_rates,
+            "losses": reading.losses,
+            "images_per_second": round(reading.images_per_second, 2),
+            "data_wait_share": round(reading.wait_share, 4),
+            "seconds": round(seconds, 2),
+            "metrics": metrics,
+            "best": is_best,
+        }
+        with self._metrics_path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        result = f", {shown_metric} {metrics[shown_metric]:.4f}{' (best)' if is_best else ''}" if metrics else ""
+        left = f", {_clock(self._seconds_left(step))} left" if step < self.num_steps else ""
+        _log.info("epoch %d/%d: %s%s, %.1f s%s", epoch + 1, self.num_epochs, describe(reading), result, seconds, left)
+        self._last_line = time.perf_counter()
+
+    @property
+    def _metrics_path(self) -> Path:
+        return self.run_dir / "metrics.jsonl"
+
+    def _old_lines(self) -> list[str]:
+        return self._metrics_path.read_text().splitlines() if self.first_epoch and self._metrics_path.exists() else []
+
+    def _seconds_left(self, step: int) -> float:
+        done = max(step - self.first_step, 1)
+        return (time.perf_counter() - self._start) / done * (self.num_steps - step)
+
+
+def describe(reading: Reading) -> str:
+    """ "loss 2.310 (box 1.200, class 1.110), 45.1 images/s, 3 % waiting for data"."""
+    parts = ", ".join(f"{name} {value:.3f}" for name, value in reading.losses.items() if name != "loss")
+    return (
+        f"loss {reading.losses['loss']:.3f}{f' ({parts})' if parts else ''}, {reading.images_per_second:.1f} images/s, "
+        f"{100 * reading.wait_share:.0f} % waiting for data"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
