@@ -1,0 +1,439 @@
+"""COCO json files as flat arrays.
+
+A file of COCO's size holds almost a million records. As Python objects they are slow to make, large, and copied page
+by page into every worker process that looks at them (looking changes their reference counts). Here they are a dozen
+numpy arrays, and the arrays of a large file are kept in the user's cache folder, so that the second opening takes a
+fraction of a second.
+
+Letters in shapes: I pictures, N boxes (annotation records), K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+_log = logging.getLogger(__name__)
+
+CACHE_VERSION = 1
+CACHE_FROM_BYTES = 8 << 20  # a smaller file is read in less time than its cache is worth
+_NUM_NAMED = 10  # records that a warning names before it only counts
+
+
+class _Image(msgspec.Struct, gc=False):
+    id: int
+    file_name: str
+    width: int | None = None
+    height: int | None = None
+
+
+class _Annotation(msgspec.Struct, gc=False):
+    # Fields that are not listed (segmentation above all, nine tenths of the file) are skipped without being decoded.
+    id: int
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    area: float | None = None
+    iscrowd: int | bool = 0
+
+
+class _Category(msgspec.Struct, gc=False):
+    id: int
+    name: str
+
+
+class _File(msgspec.Struct, gc=False):
+    images: list[_Image]
+    annotations: list[_Annotation]
+    categories: list[_Category]
+
+
+class Objects(NamedTuple):
+    """The objects of one picture.
+
+    Attributes:
+        boxes: float32 [N, 4], xyxy in pixels of the picture on disk, as the file has them (they may stick out of it).
+        labels: int64 [N], 0 .. K-1.
+        crowd: bool [N], true where the box stands for a group that nobody counted.
+        areas: float64 [N], square pixels; COCO's is the area of the mask, not of the box.
+    """
+
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    crowd: NDArray[np.bool_]
+    areas: NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class CocoIndex:
+    """All that training and evaluation need to know of a COCO json file, in flat arrays.
+
+    Pictures keep the order of the file; a picture's *position* is its place in that order. The records of the picture
+    at position p are ``offsets[p]:offsets[p + 1]`` of the arrays over N, in the order of the file. All records are
+    here, exactly as written, because evaluation counts them as COCO does; ``usable`` marks those to learn from.
+
+    Attributes:
+        path: the json file.
+        image_ids: int64 [I].
+        name_bytes, name_offsets: the file names as one UTF-8 buffer (uint8) and int64 [I + 1] into it. See
+            ``file_name``.
+        sizes: int32 [I, 2], (height, width) of each picture as the file says.
+        offsets: int64 [I + 1].
+        xywh: float64 [N, 4], COCO's ``bbox``: left, top, width, height in pixels.
+        labels: int64 [N], 0 .. K-1: the classes in ascending order of their category id.
+        areas: float64 [N], COCO's ``area``, width times height where the file has none.
+        crowd: bool [N], COCO's ``iscrowd``.
+        usable: bool [N]: no crowd, and some of the box lies inside its picture.
+        annotation_ids: int64 [N].
+        category_ids: int64 [K], ascending: the id that label k has in the file.
+        class_names: the name of each label.
+        problems: one line for each kind of record that cannot be learnt from, naming the first of them.
+    """
+
+    path: Path
+    image_ids: NDArray[np.int64]
+    name_bytes: NDArray[np.uint8]
+    name_offsets: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    xywh: NDArray[np.float64]
+    labels: NDArray[np.int64]
+    areas: NDArray[np.float64]
+    crowd: NDArray[np.bool_]
+    usable: NDArray[np.bool_]
+    annotation_ids: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    problems: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, path: str | Path, *, cache: bool = True, strict: bool = False) -> CocoIndex:
+        """Read a COCO json file.
+
+        A record that cannot be learnt from (a box without area, or wholly outside its picture) is kept for
+        evaluation, left out of ``usable``, and named in a warning: such records are common, and COCO's own files have
+        them.
+
+        Args:
+            path: the json file.
+            cache: keep the arrays of a file above 8 MB in ``$XDG_CACHE_HOME/litedet`` (``~/.cache/litedet``), and use
+                what is there if path, size and time of change of the json still agree.
+            strict: refuse a file with such records.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: not json, not a COCO json, or a record that contradicts another. The message names file and
+                record.
+        """
+        path = Path(path)
+        if not path.is_file():
+            what = "is a folder, not a file" if path.is_dir() else "does not exist"
+            raise FileNotFoundError(f"annotation file {path} {what}; a COCO json file is expected")
+        cached = _cache_path(path) if cache and path.stat().st_size >= CACHE_FROM_BYTES else None
+        index = _read_cache(cached, path) if cached else None
+        if index is None:
+            index = _build(path)
+            if cached:
+                _write_cache(cached, index)
+        if index.problems and strict:
+            raise ValueError(f"{path}: " + "; ".join(index.problems))
+        for problem in index.problems:
+            _log.warning("%s: %s (not used in training)", path, problem)
+        return index
+
+    def __len__(self) -> int:
+        """The number of pictures, those without objects included."""
+        return len(self.image_ids)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def boxes(self) -> NDArray[np.float32]:
+        """float32 [N, 4]: every box as xyxy in pixels of its picture on disk."""
+        return _xywh_to_xyxy(self.xywh)
+
+    def file_name(self, position: int) -> str:
+        """The name of the picture at this position, relative to the picture folder."""
+        return bytes(self.name_bytes[self.name_offsets[position] : self.name_offsets[position + 1]]).decode()
+
+    def size(self, position: int) -> tuple[int, int]:
+        """(height, width) of the picture at this position."""
+        height, width = self.sizes[position].tolist()
+        return height, width
+
+    def objects(self, position: int, *, usable_only: bool = False) -> Objects:
+        """The objects of the picture at this position: every record, or those alone that training uses."""
+        records: Any = slice(self.offsets[position], self.offsets[position + 1])
+        if usable_only:
+            records = np.arange(records.start, records.stop)[self.usable[records]]
+        return Objects(
+            _xywh_to_xyxy(self.xywh[records]), self.labels[records], self.crowd[records], self.areas[records]
+        )
+
+    def require_objects(self) -> CocoIndex:
+        """This index, if there is anything to learn from it.
+
+        Raises:
+            ValueError: the file has no picture, or not one usable box.
+        """
+        if not len(self):
+            raise ValueError(f"{self.path}: `images` is empty: no picture to train on")
+        if not self.usable.any():
+            raise ValueError(
+                f"{self.path}: nothing to learn: {len(self)} pictures, {len(self.labels)} annotations, and none of them is a box "
+                "that training can use (crowds and boxes without area are not used)"
+            )
+        return self
+
+    def with_categories(self, category_ids: NDArray[np.int64], class_names: tuple[str, ...]) -> CocoIndex:
+        """The same file with the labels of another one, for example of the file that a detector was trained on.
+
+        Classes are the same if their names are. ``category_ids`` of the result are this file's own, so that results
+        written with them fit this file; a class that this file does not have keeps the other file's id, or a new one
+        where that is taken.
+
+        Args:
+            category_ids: int64 [K], the other file's id of each label.
+            class_names: the other file's K names.
+
+        Raises:
+            ValueError: this file has objects of a class that is not among ``class_names``.
+        """
+        label_of = {name: label for label, name in enumerate(class_names)}
+        new_labels = np.array([label_of.get(name, -1) for name in self.class_names], np.int64)
+        counts = np.bincount(self.labels, minlength=self.num_classes)
+        unknown = [
+            f"{name!r} (id {self.category_ids[label]}, {counts[label]} boxes)"
+            for label, name in enumerate(self.class_names)
+            if new_labels[label] < 0 and counts[label]
+        ]
+        if unknown:
+            raise ValueError(
+                f"{self.path}: unknown category {', '.join(unknown[:_NUM_NAMED])}; "
+                f"the classes are {', '.join(map(repr, class_names[:100]))}"
+            )
+        own_id = dict(zip(self.class_names, self.category_ids.tolist(), strict=True))
+        taken = {own_id[name] for name in class_names if name in own_id}
+        ids = []
+        for name, other_id in zip(class_names, np.asarray(category_ids).tolist(), strict=True):
+            if name not in own_id:
+                own_id[name] = other_id if other_id not in taken else max(taken) + 1
+                taken.add(own_id[name])
+            ids.append(own_id[name])
+        labels = new_labels[self.labels] if len(self.labels) else self.labels
+        return replace(self, labels=labels, category_ids=np.array(ids, np.int64), class_names=tuple(class_names))
+
+
+def _xywh_to_xyxy(xywh: NDArray[np.float64]) -> NDArray[np.float32]:
+    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).astype(np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------- json -> arrays
+
+
+def _build(path: Path) -> CocoIndex:
+    file = _decode(path)
+    images, annotations = file.images, file.annotations
+    categories = sorted(file.categories, key=lambda category: category.id)
+    if not categories:
+        raise ValueError(f"{path}: `categories` is empty: there is no class to find")
+
+    image_ids = _array(images, "id", np.int64)
+    annotation_ids = _array(annotations, "id", np.int64)
+    category_ids = _array(categories, "id", np.int64)
+    _refuse_duplicates(path, "image id", image_ids)
+    _refuse_duplicates(path, "annotation id", annotation_ids)
+    _refuse_duplicates(path, "category id", category_ids)
+    _refuse_duplicates(path, "category name", np.array([category.name for category in categories], object))
+
+    names = [image.file_name.encode() for image in images]
+    sizes = np.array([(image.height or 0, image.width or 0) for image in images], np.int32).reshape(-1, 2)
+    for position in np.flatnonzero((sizes <= 0).any(axis=1))[:1]:
+        image = images[position]
+        raise ValueError(
+            f"{path}: image {image.id} ({image.file_name}) has width {image.width} and height {image.height}; "
+            "both are needed, in pixels of the picture on disk"
+        )
+
+    position = _lookup(image_ids, _array(annotations, "image_id", np.int64))
+    for record in np.flatnonzero(position < 0)[:1]:
+        annotation = annotations[record]
+        raise ValueError(
+            f"{path}: annotation {annotation.id} names image_id {annotation.image_id}, which `images` has not"
+        )
+    labels = _lookup(category_ids, _array(annotations, "category_id", np.int64))
+    for record in np.flatnonzero(labels < 0)[:1]:
+        annotation = annotations[record]
+        raise ValueError(
+            f"{path}: annotation {annotation.id} has the unknown category {annotation.category_id}; "
+            f"`categories` has {', '.join(map(str, category_ids[:100].tolist()))}"
+        )
+    xywh = np.fromiter(chain.from_iterable(a.bbox for a in annotations), np.float64, 4 * len(annotations)).reshape(
+        -1, 4
+    )
+    areas = np.array([np.nan if a.area is None else a.area for a in annotations], np.float64)
+    areas = np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas)
+    crowd = _array(annotations, "iscrowd", np.bool_)
+
+    order = np.argsort(position, kind="stable")
+    xywh, labels, position = xywh[order], labels[order], position[order]
+    annotation_ids, crowd, areas = annotation_ids[order], crowd[order], areas[order]
+    usable, problems = _judge(xywh, sizes[position], annotation_ids)
+    return CocoIndex(
+        path=path,
+        image_ids=image_ids,
+        name_bytes=np.frombuffer(b"".join(names), np.uint8),
+        name_offsets=np.cumsum([0, *map(len, names)], dtype=np.int64),
+        sizes=sizes,
+        offsets=np.searchsorted(position, np.arange(len(images) + 1)).astype(np.int64),
+        xywh=xywh,
+        labels=labels,
+        areas=areas,
+        crowd=crowd,
+        usable=usable & ~crowd,
+        annotation_ids=annotation_ids,
+        category_ids=category_ids,
+        class_names=tuple(category.name for category in categories),
+        problems=problems,
+    )
+
+
+def _decode(path: Path) -> _File:
+    data = path.read_bytes()
+    collected = gc.isenabled()
+    gc.disable()  # a million new objects, none of them garbage: the collector would walk over them again and again
+    try:
+        return msgspec.json.decode(data, type=_File)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{path} is not a COCO json file: {_explain(str(error), data)}") from None
+    except msgspec.DecodeError as error:
+        near = ""
+        if place := re.search(r"byte (\d+)", str(error)):
+            start = max(int(place[1]) - 60, 0)
+            near = f", after {data[start : int(place[1])].decode(errors='replace')!r}"
+        raise ValueError(f"{path} is not a json file: {error}{near}") from None
+    finally:
+        if collected:
+            gc.enable()
+
+
+def _explain(error: str, data: bytes) -> str:
+    """The decoder's message with the record it speaks of, without its mask."""
+    place = re.search(r" - at `\$\.(\w+)\[(\d+)\]", error)
+    if not place:
+        return error.replace(" - at `$.", " - at `")
+    record = json.loads(data)[place[1]][int(place[2])]
+    if isinstance(record, dict):
+        record.pop("segmentation", None)
+    return f"{error.replace('`$.', '`')}: {str(record)[:300]}"
+
+
+def _array(records: list[Any], name: str, dtype: type) -> NDArray[Any]:
+    return np.fromiter((getattr(record, name) for record in records), dtype, len(records))
+
+
+def _lookup(ids: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place in ``ids`` of each wanted id, -1 where it is not there."""
+    if not len(ids):
+        return np.full(len(wanted), -1, np.int64)
+    order = np.argsort(ids, kind="stable")
+    places = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
+    return np.where(ids[places] == wanted, places, -1)
+
+
+def _refuse_duplicates(path: Path, what: str, values: NDArray[Any]) -> None:
+    unique, counts = np.unique(values, return_counts=True)
+    if len(unique) < len(values):
+        twice = unique[counts > 1]
+        raise ValueError(
+            f"{path}: {what} {', '.join(map(str, twice[:_NUM_NAMED].tolist()))} stands there more than once"
+        )
+
+
+def _judge(
+    xywh: NDArray[np.float64], sizes: NDArray[np.int32], annotation_ids: NDArray[np.int64]
+) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
+    """Which boxes can be learnt from, and a line for each reason why others cannot."""
+    height_width = sizes.astype(np.float64)
+    left_top, right_bottom = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
+    flat = np.any(~(xywh[:, 2:] > 0), axis=1)
+    outside = np.logical_and(~flat, ((right_bottom <= 0) | (left_top >= height_width[:, ::-1])).any(axis=1))
+    problems = []
+    for reason, bad in (("without area", flat), ("wholly outside the picture", outside)):
+        if bad.any():
+            named = ", ".join(map(str, annotation_ids[bad][:_NUM_NAMED].tolist()))
+            more = ", …" if bad.sum() > _NUM_NAMED else ""
+            problems.append(f"{bad.sum()} of {len(bad)} boxes {reason}: annotation {named}{more}")
+    return ~(flat | outside), tuple(problems)
+
+
+# ----------------------------------------------------------------------------------------------------- arrays <-> cache
+
+_ARRAYS = (
+    "image_ids", "name_bytes", "name_offsets", "sizes", "offsets", "xywh", "labels", "areas", "crowd", "usable",
+    "annotation_ids", "category_ids",
+)  # fmt: skip
+
+
+def _cache_path(path: Path) -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litedet"
+    return folder / f"{path.stem}-{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.safetensors"
+
+
+def _fingerprint(path: Path) -> dict[str, str]:
+    stat = path.stat()
+    return {"version": str(CACHE_VERSION), "json": str(path.resolve()), "stat": f"{stat.st_size} {stat.st_mtime_ns}"}
+
+
+def _read_cache(cached: Path, path: Path) -> CocoIndex | None:
+    """What was kept of this file, or nothing if there is no cache, it is broken, or the file has changed."""
+    if not cached.is_file():
+        return None
+    try:
+        with safetensors.safe_open(cached, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            if any(metadata.get(key) != value for key, value in _fingerprint(path).items()):
+                return None
+            arrays: dict[str, Any] = {name: file.get_tensor(name) for name in _ARRAYS}
+            class_names, problems = json.loads(metadata["class_names"]), json.loads(metadata["problems"])
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        _log.info("annotation cache %s cannot be read (%s); it is made again", cached, error)
+        return None
+    return CocoIndex(path=path, class_names=tuple(class_names), problems=tuple(problems), **arrays)
+
+
+def _write_cache(cached: Path, index: CocoIndex) -> None:
+    """Keep the arrays; a cache folder that cannot be written costs time and nothing else."""
+    metadata = _fingerprint(index.path)
+    metadata["class_names"], metadata["problems"] = json.dumps(index.class_names), json.dumps(index.problems)
+    arrays = {name: np.ascontiguousarray(getattr(index, name)) for name in _ARRAYS}
+    temporary = None
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, prefix=cached.stem, delete=False) as file:
+            temporary = file.name
+        safetensors.numpy.save_file(arrays, temporary, metadata=metadata)
+        os.replace(temporary, cached)  # whole or not at all, also where two processes write at once
+    except OSError as error:
+        _log.info("annotation cache %s cannot be written (%s)", cached, error)
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
