@@ -1,0 +1,128 @@
+"""Checkpoints: round trip, what is refused, and that a reader never meets half a file."""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from detection.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    content: dict[str, Any] = {
+        "empty": {},
+        "weights": OrderedDict(a=torch.tensor([1.0, 2.0]), b=torch.tensor(3)),
+        "names": ["cat", "dog"],
+        "size": (320, 240),
+        "best": 0.5,
+        "flag": True,
+        "nothing": None,
+        "by number": {0: "zero"},
+    }
+    save_checkpoint(tmp_path / "a.pt", content)
+    loaded = load_checkpoint(tmp_path / "a.pt")
+    torch.testing.assert_close(dict(loaded["weights"]), dict(content["weights"]), rtol=0, atol=0)
+    for key in ("empty", "names", "size", "best", "flag", "nothing", "by number"):
+        assert loaded[key] == content[key]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]  # no temporary file is left
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"metrics": {"ap": np.float64(0.5)}}, r"not float64 at content\['metrics'\]\['ap'\]"),
+        ({"paths": ["a", Path("b")]}, r"not PosixPath at content\['paths'\]\[1\]"),
+        ({"x": {np.int64(1): 2}}, r"not int64 at content\['x'\]\[key np.int64\(1\)\]"),
+    ],
+)
+def test_only_tensors_and_plain_data(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        save_checkpoint(tmp_path / "a.pt", content)
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"epoch": 1})
+
+    def full_disk(content: object, file: Path) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, {"epoch": 2})
+    assert load_checkpoint(path)["epoch"] == 1
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt: no such checkpoint file"):
+        load_checkpoint(tmp_path / "nothing.pt")
+
+
+@pytest.mark.parametrize("data", [b"", b"not a checkpoint at all", b"PK\x03\x04 a zip file that ends too early"])
+def test_file_of_another_kind(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.pt"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.pt is not a checkpoint that can be read"):
+        load_checkpoint(path)
+
+
+def test_damaged_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    save_checkpoint(path, {"weights": torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"a\.pt is not a checkpoint that can be read"):
+        load_checkpoint(path)
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(nn.Linear(1, 1), path)
+    with pytest.raises(ValueError, match="is not a checkpoint that can be read"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {}}, [1, 2], torch.zeros(2)])
+def test_torch_file_of_another_project(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"a\.pt was not written by this project's training"):
+        load_checkpoint(path)
+
+
+def test_other_format_version(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"format": "litedet checkpoint", "version": 99}, path)
+    with pytest.raises(ValueError, match="has checkpoint format 99, this version of the project reads 1"):
+        load_checkpoint(path)
+
+
+def test_load_weights() -> None:
+    source, target = nn.Linear(2, 3), nn.Linear(2, 3)
+    load_weights(target, source.state_dict(), "source")
+    torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
+
+
+def test_every_mismatch_is_named_and_nothing_is_loaded() -> None:
+    target = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+    weights = {
+        "0.weight": torch.zeros(3, 4),
+        "0.bias": torch.zeros(3),
+        "1.weight": torch.zeros(1, 3),
+        "x": torch.zeros(1),
+    }
+    with pytest.raises(ValueError, match="of 4 tensors differ") as error:
+        load_weights(target, weights, "best.pt")
+    assert str(error.value).splitlines() == [
+        "best.pt does not fit the network, 3 of 4 tensors differ:",
+        "  missing: 1.bias [1]",
+        "  not expected: x",
+        "  0.weight: expected shape [3, 2], given [3, 4]",
+    ]
+    torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
