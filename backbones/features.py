@@ -14,7 +14,7 @@ class FeatureSpec(NamedTuple):
 
     Attributes:
         channels: number of channels C of the map.
-        stride: input pixels per cell, in both directions. A map of stride s over an input of side n has ceil(n / s) cells.
+        stride: input pixels per cell, in both directions. Over an input of side n the map has ceil(n / stride) cells.
     """
 
     channels: int
@@ -37,4 +37,7 @@ class Backbone(nn.Module):
 
     @abstractmethod
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Float images [B, 3, H, W], already normalised -> the maps of ``out_features``, each [B, C, H/stride, W/stride]."""
+        """Float images [B, 3, H, W], already normalised -> the maps of ``out_features``.
+
+        Each is [B, C, ceil(H / stride), ceil(W / stride)] with the channels and stride of its spec.
+        """
