@@ -1,0 +1,241 @@
+"""The evaluation tool from command line to json. Run: pytest tests/test_eval_det.py"""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
+from detection.engine.checkpoint import save_checkpoint
+from detection.evaluation import FIGURES
+from detection.model import Detector, DetectorConfig
+from detection.plain import to_plain
+from detection.postprocess import PostprocessConfig
+from detection.predictor import Predictor, load_detector
+from detection.weights import DetectorInfo, save_detector
+from tools.eval_det import main
+
+NAMES = ("disc", "square", "star")
+FILE_IDS = {"star": 2, "disc": 5, "square": 9, "moon": 11}  # neither the detector's ids nor its order
+
+
+class Scene:
+    """A detector with drawn weights, and an annotation file in which whatever it finds is the truth: its AP is 1."""
+
+    def __init__(self, folder: Path) -> None:
+        self.checkpoint = folder / "detector.safetensors"
+        self.annotations = folder / "annotations.json"
+        self.images = folder / "images"
+        self.json = folder / "out" / "figures.json"
+        self.images.mkdir()
+        torch.manual_seed(0)
+        config = DetectorConfig(
+            backbone=MobileNetV2Config(width=0.35), input_size=(96, 128), resize="letterbox", init_std=0.3
+        )
+        self.info = DetectorInfo(
+            model=config,
+            postprocess=PostprocessConfig(max_detections=20),
+            class_names=NAMES,
+            category_ids=(1, 2, 3),
+        )
+        self.model = Detector(config, len(NAMES))
+        save_detector(self.checkpoint, self.model, self.info)
+
+        rng = np.random.default_rng(0)
+        predictor = load_detector(self.checkpoint, device="cpu", score_threshold=0.001)
+        self.content: dict[str, Any] = {
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": id_, "name": name} for name, id_ in FILE_IDS.items()],
+        }
+        for number in range(6):
+            height, width = 60 + 10 * number, 90
+            path = self.images / f"{number}.png"
+            cv2.imwrite(str(path), cv2.resize(rng.integers(0, 256, (6, 8, 3), np.uint8), (width, height)))
+            self.content["images"].append({"id": 30 - number, "file_name": path.name, "width": width, "height": height})
+            self.annotate(predictor, 30 - number, path)
+        self.write()
+
+    def annotate(self, predictor: Predictor, image_id: int, path: Path) -> None:
+        detections = predictor(path)
+        for box, name in zip(detections.boxes.double().tolist(), detections.names(), strict=True):
+            x1, y1, x2, y2 = box
+            self.content["annotations"].append(
+                {
+                    "id": len(self.content["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": FILE_IDS[name],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                }
+            )
+
+    def write(self) -> None:
+        self.annotations.write_text(json.dumps(self.content))
+
+    def arguments(self, *more: str) -> list[str]:
+        fixed = [
+            "--annotations",
+            str(self.annotations),
+            "--images",
+            str(self.images),
+            "--workers",
+            "0",
+            "--batch-size",
+            "4",
+        ]
+        return [str(self.checkpoint), *fixed, *more]
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Scene:
+    return Scene(tmp_path)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_everything_found_is_the_truth(scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    predictions = tmp_path / "predictions.json"
+    main(scene.arguments("--json", str(scene.json), "--predictions", str(predictions)))
+    report = json.loads(scene.json.read_text())
+    num_boxes = len(scene.content["annotations"])
+    assert num_boxes > 20
+    assert report["AP"] == pytest.approx(1, abs=1e-6)
+    assert set(FIGURES) < set(report)
+    counts = {name: sum(FILE_IDS[name] == a["category_id"] for a in scene.content["annotations"]) for name in NAMES}
+    assert report["objects_per_class"] == counts
+    assert list(report["AP_per_class"]) == list(NAMES)
+    for name in NAMES:
+        assert report["AP_per_class"][name] == (pytest.approx(1, abs=1e-6) if counts[name] else None)
+    assert (report["num_images"], report["num_detections"], report["unreadable"]) == (6, num_boxes, [])
+    assert set(report["milliseconds_per_image"]) == {"network", "postprocess", "wait"}
+
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].split() == ["class", "objects", "AP"]
+    assert [line.split()[0] for line in out[1:4]] == list(NAMES)
+    for name, line in zip(NAMES, out[1:4], strict=True):
+        assert line.split()[1:] == [str(counts[name]), "1.000" if counts[name] else "-"]
+    assert "AP         1.000" in out
+    assert f"6 pictures, {num_boxes} detections" in out
+    assert f"{num_boxes} detections written to {predictions}" in out
+
+    # What was written stands up before the reference, with the file's own category ids.
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(scene.annotations))
+        reference = COCOeval(truth, truth.loadRes(str(predictions)), "bbox")
+        reference.evaluate()
+        reference.accumulate()
+        reference.summarize()
+    assert reference.stats.tolist() == pytest.approx([report[name] for name in FIGURES], abs=1e-9)
+
+
+def test_backends_and_thresholds(scene: Scene) -> None:
+    faster, reference = (main(scene.arguments("--backend", name)) for name in ("faster", "pycocotools"))
+    assert faster == reference
+    strict = main(scene.arguments("--score-threshold", "0.5"))
+    assert strict.num_detections < faster.num_detections
+    assert main(scene.arguments("--nms-threshold", "0.01")).figures["AP"] < 0.9
+    assert main(scene.arguments("--input-size", "96", "96")).figures["AP"] < 0.9
+
+
+def test_training_checkpoint(scene: Scene, tmp_path: Path) -> None:
+    path = tmp_path / "best.pt"
+    save_checkpoint(
+        path, {"weights": scene.model.state_dict(), "extra": {"detector": to_plain(scene.info)}, "epoch": 3}
+    )
+    assert main([str(path), *scene.arguments()[1:]]).figures["AP"] == pytest.approx(1, abs=1e-6)
+
+
+def test_a_file_with_fewer_classes(scene: Scene) -> None:
+    name = max(NAMES, key=lambda n: sum(FILE_IDS[n] == a["category_id"] for a in scene.content["annotations"]))
+    scene.content["categories"] = [{"id": FILE_IDS[name], "name": name}]
+    scene.content["annotations"] = [a for a in scene.content["annotations"] if a["category_id"] == FILE_IDS[name]]
+    scene.write()
+    result = main(scene.arguments())
+    assert result.figures["AP"] == pytest.approx(1, abs=1e-6)
+    assert {n for n, ap in result.class_ap.items() if ap is not None} == {name}
+
+
+def test_classes_alone(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    # A category that the detector does not know: wrong, unless only others are asked for.
+    first = scene.content["annotations"][0]
+    moon = {**first, "id": 10_000, "category_id": FILE_IDS["moon"]}
+    scene.content["annotations"].append(moon)
+    scene.write()
+    message = error_of(capsys, scene.arguments())
+    assert "unknown category 'moon' (id 11, 1 boxes)" in message
+    assert "the classes are 'disc', 'square', 'star'" in message
+    name = next(n for n in NAMES if FILE_IDS[n] == first["category_id"])
+    result = main(scene.arguments("--classes", name))
+    assert list(result.class_ap) == [name]
+    assert result.figures["AP"] == pytest.approx(1, abs=1e-6)
+    assert "has no class 'sun'; it has 'star', 'disc', 'square', 'moon'" in error_of(
+        capsys, scene.arguments("--classes", "sun")
+    )
+
+
+def test_unreadable_pictures_are_named_and_counted(
+    scene: Scene, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (scene.images / "1.png").write_bytes(b"rotten")
+    (scene.images / "3.png").unlink()
+    result = main(scene.arguments("--json", str(scene.json)))
+    assert result.num_images == 6
+    assert result.figures["AP"] < 0.9
+    assert "1.png: the picture does not decode (6 bytes)" in caplog.text
+    assert "3.png: No such file" in caplog.text
+    assert "2 pictures could not be read and count as pictures in which nothing was found" in capsys.readouterr().out
+    assert [Path(line.split(":")[0]).name for line in json.loads(scene.json.read_text())["unreadable"]] == [
+        "1.png",
+        "3.png",
+    ]
+
+    for path in scene.images.iterdir():
+        path.write_bytes(b"rotten")
+    assert "none of 6 pictures can be read; the first:" in error_of(capsys, scene.arguments())
+
+
+def test_mistakes(scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    fixed = scene.arguments()[1:]
+    assert "gone.pt: no such checkpoint file" in error_of(capsys, [str(tmp_path / "gone.pt"), *fixed])
+    other = tmp_path / "backbone.pt"
+    torch.save(MobileNetV2(MobileNetV2Config(width=0.35)).state_dict(), other)
+    assert "was not written by this project's training" in error_of(capsys, [str(other), *fixed])
+    assert "--batch-size must be at least 1, got 0" in error_of(capsys, scene.arguments("--batch-size", "0"))
+    assert "--workers must not be negative, got -1" in error_of(capsys, scene.arguments("--workers", "-1"))
+    assert "score_threshold must be in [0, 1), got 2.0" in error_of(capsys, scene.arguments("--score-threshold", "2"))
+    assert "picture folder" in error_of(capsys, scene.arguments("--images", str(tmp_path / "nowhere")))
+    assert "does not exist" in error_of(capsys, scene.arguments("--annotations", str(tmp_path / "gone.json")))
+    scene.annotations.write_text("[1, 2]")
+    assert "is not a COCO json file" in error_of(capsys, scene.arguments())
+    scene.write()
+    scene.content["annotations"].clear()
+    scene.write()
+    assert "no ground truth to evaluate on" in error_of(capsys, scene.arguments())
+    assert "--anotations" in error_of(capsys, [str(scene.checkpoint), "--anotations", "x"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+def test_cuda_where_there_is_none(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'cuda' was asked for" in error_of(capsys, scene.arguments("--device", "cuda"))
+
+
+def test_command_line(scene: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["eval_det.py", *scene.arguments()])
+    assert main(None).figures["AP"] == pytest.approx(1, abs=1e-6)
+    assert "AP50       1.000" in capsys.readouterr().out
