@@ -2,21 +2,25 @@
 
 import json
 import math
+import os
+import shutil
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.tensorboard import SummaryWriter
 
 from detection.engine.checkpoint import load_checkpoint
 from detection.engine.ema import EmaConfig
 from detection.engine.optim import OptimConfig
-from detection.engine.runtime import Runtime
+from detection.engine.runtime import Runtime, open_runtime
 from detection.engine.trainer import TrainConfig, train
 
 CPU = Runtime(device=torch.device("cpu"))
@@ -63,13 +67,14 @@ class Loader:
             yield Points(self.x[rows], self.y[rows], self.skipped.get(i, []))
 
 
-class SquaredError(nn.Module):
+class SquaredDistance(nn.Module):
     """Sum of squared errors over the number of points of all processes."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self.broken_at: int | None = None
+        self.broken_from: int | None = None  # first call with a broken result
+        self.broken: Literal["loss", "gradient"] = "loss"
         self.calls = 0
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -78,9 +83,10 @@ class SquaredError(nn.Module):
         if world_size > 1:
             dist.all_reduce(count)
         loss = (self.model(x) - y).float().square().sum() / count * world_size
-        if self.broken_at is not None:
-            if self.calls >= self.broken_at:
-                loss = loss * math.nan
+        if self.broken_from is not None:
+            if self.calls >= self.broken_from:
+                # the square root of 0 has an infinite slope
+                loss = loss * math.nan if self.broken == "loss" else loss + (0 * loss).sqrt()
             self.calls += 1
         return {"loss": loss, "error": loss / 2}
 
@@ -96,7 +102,7 @@ class PointsTask:
         self.y = self.x @ torch.tensor([[1.0], [-2.0], [0.5]]) + 0.3
         torch.manual_seed(0)
         self.model = nn.Linear(3, 1) if model is None else model
-        self.step: nn.Module = SquaredError(self.model)
+        self.step = SquaredDistance(self.model)
         self.num_train = num_points
         self.lr_scales: dict[str, float] = {}
         self.loader = Loader(self.x, self.y, batch_size, runtime.rank, runtime.world_size)
@@ -142,6 +148,12 @@ def plain_optim(**changes: Any) -> OptimConfig:
 
 def run(task: PointsTask, config: TrainConfig, run_dir: Path, runtime: Runtime = CPU) -> Any:
     return train(task, config, run_dir, runtime, {"train": {"epochs": config.epochs, "batch_size": config.batch_size}})
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    """The mean loss of each epoch, as it was written down."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["losses"]["loss"] for line in lines]
 
 
 def test_weights_equal_a_plain_loop(tmp_path: Path) -> None:
@@ -191,3 +203,355 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"train": {"epochs": 3, "batch_size": 4}}
     # pictures of the first batch, then after each evaluation, always in evaluation mode
     assert task.pictures == [(0, False), (2, False), (4, False), (6, False)]
+
+
+def test_accumulation_equals_a_bigger_batch(tmp_path: Path) -> None:
+    whole, parts = PointsTask(num_points=8, batch_size=4), PointsTask(num_points=8, batch_size=2)
+    run(whole, config_of(batch_size=4), tmp_path / "whole")
+    result = run(parts, config_of(batch_size=2, accumulate=2), tmp_path / "parts")
+    torch.testing.assert_close(parts.model.state_dict(), whole.model.state_dict())
+    assert load_checkpoint(result.last_path)["step"] == 4
+
+
+def test_last_group_of_batches_may_be_smaller(tmp_path: Path) -> None:
+    task, plain = PointsTask(num_points=6, batch_size=2), PointsTask(num_points=6, batch_size=2)
+    result = run(task, config_of(epochs=1, batch_size=2, accumulate=2), tmp_path / "run")
+    assert load_checkpoint(result.last_path)["step"] == 2
+
+    plain.loader.set_epoch(0)
+    a, b, c = plain.loader
+    for group in ([a, b], [c]):
+        loss = torch.stack([plain.step(*batch.inputs())["loss"] for batch in group]).mean()
+        gradients = torch.autograd.grad(loss, list(plain.model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(plain.model.parameters(), gradients, strict=True):
+                parameter -= 0.1 * gradient
+    torch.testing.assert_close(task.model.state_dict(), plain.model.state_dict())
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_clipping_limits_the_step(tmp_path: Path, amp: Literal["off", "fp16"]) -> None:
+    task = PointsTask(num_points=4)
+    with torch.no_grad():  # near the solution: the gradient is longer than 0.01, yet in the range of a scaled float16
+        task.model.weight.copy_(torch.tensor([[1.0, -2.0, 0.5]]))
+        task.model.bias.fill_(0.35)
+    before = torch.cat([parameter.detach().flatten() for parameter in task.model.parameters()])
+    run(task, config_of(epochs=1, amp=amp, optim=plain_optim(clip_norm=0.01)), tmp_path / "run")
+    after = torch.cat([parameter.detach().flatten() for parameter in task.model.parameters()])
+    assert (after - before).norm().item() == pytest.approx(0.1 * 0.01, rel=1e-3)  # lr * clip_norm
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("off", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_precision_of_the_forward_pass(tmp_path: Path, amp: Literal["off", "bf16", "fp16"], dtype: torch.dtype) -> None:
+    task, exact = PointsTask(), PointsTask()
+    seen: list[tuple[bool, torch.dtype]] = []
+    task.model.register_forward_hook(lambda module, inputs, output: seen.append((module.training, output.dtype)))
+    # enough steps to converge: fp16 leaves out the first ones, until the scale of the loss has come down
+    result = run(task, config_of(amp=amp, epochs=20), tmp_path / "run")
+    run(exact, config_of(epochs=20), tmp_path / "exact")
+
+    assert {kind for training, kind in seen if training} == {dtype}
+    assert {kind for training, kind in seen if not training} == {torch.float32}  # the evaluation
+    assert task.model.weight.dtype == torch.float32
+    torch.testing.assert_close(task.model.weight, exact.model.weight, rtol=0.02, atol=0.02)
+    assert (load_checkpoint(result.last_path)["training"]["scaler"] != {}) == (amp == "fp16")
+
+
+def test_overflowing_fp16_gradients_are_left_out(tmp_path: Path) -> None:
+    task = PointsTask()
+    before = task.model.weight.detach().clone()
+    task.y *= 3e5  # finite in the float32 loss; its gradient leaves the range of float16 at any of four loss scales
+    task.loader.y = task.y
+    result = run(task, config_of(amp="fp16", optim=plain_optim(clip_norm=1.0)), tmp_path / "run")
+    assert load_checkpoint(result.last_path)["training"]["scaler"]["scale"] == 65536.0 / 2**4
+    torch.testing.assert_close(task.model.weight.detach(), before, rtol=0, atol=0)
+
+
+def test_best_weights_are_the_average(tmp_path: Path) -> None:
+    task = PointsTask()
+    result = run(task, config_of(epochs=4, ema=EmaConfig(horizon_share=0.5)), tmp_path / "run")
+    last = load_checkpoint(result.last_path)
+    torch.testing.assert_close(last["weights"], last["training"]["ema"]["model"], rtol=0, atol=0)
+    torch.testing.assert_close(dict(last["training"]["model"]), dict(task.model.state_dict()), rtol=0, atol=0)
+    assert last["training"]["ema"]["num_updates"] == 8
+    assert not torch.equal(last["weights"]["weight"], last["training"]["model"]["weight"])
+    # what was evaluated is what was saved
+    averaged = nn.Linear(3, 1)
+    averaged.load_state_dict(last["weights"])
+    with torch.no_grad():
+        assert result.metrics["score"] == pytest.approx(-float((averaged(task.x) - task.y).square().mean()), rel=1e-5)
+
+
+def test_loss_that_breaks_stops_the_run(tmp_path: Path) -> None:
+    task = PointsTask()
+    task.step.broken_from = 3  # the second batch of the second epoch
+    message = r"no longer finite \(loss, error\) in epoch 2, in the 2 batches up to step 4; lower --train\.optim\.lr"
+    with pytest.raises(FloatingPointError, match=message):
+        run(task, config_of(epochs=3, log_every=20), tmp_path / "run")
+    last = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert last["epoch"] == 1
+    assert last["weights"]["weight"].isfinite().all()
+
+
+def test_weights_that_break_in_the_last_step_are_not_saved(tmp_path: Path) -> None:
+    task = PointsTask()
+    task.step.broken_from, task.step.broken = 3, "gradient"
+    with pytest.raises(FloatingPointError, match=r"weights are no longer finite at the end of epoch 2, after step 4"):
+        run(task, config_of(epochs=3), tmp_path / "run")
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
+
+
+def test_first_result_that_is_a_number_beats_nan(tmp_path: Path) -> None:
+    task = PointsTask()
+    task.scores = [math.nan, 0.1, math.nan]
+    result = run(task, config_of(epochs=3), tmp_path / "run")
+    assert (result.best_metric, result.best_epoch) == (0.1, 2)
+    assert load_checkpoint(result.best_path)["epoch"] == 2
+
+
+def test_evaluations_are_as_rare_as_asked_for_and_after_the_last_epoch(tmp_path: Path) -> None:
+    task = PointsTask()
+    run(task, config_of(epochs=4, eval_every=3), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [bool(line["metrics"]) for line in lines] == [False, False, True, True]
+    assert task.num_evaluations == 2
+
+
+def deep_task() -> PointsTask:
+    torch.manual_seed(5)
+    return PointsTask(
+        nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1)), num_points=12
+    )
+
+
+def deep_config(**changes: Any) -> TrainConfig:
+    optim = OptimConfig(name="adamw", lr=0.01, warmup_steps=3, warmup_max_share=0.5, clip_norm=1.0)
+    return config_of(**{"epochs": 4, "optim": optim, "ema": EmaConfig(horizon_share=0.3), **changes})
+
+
+def test_resumed_run_equals_one_that_was_not_stopped(tmp_path: Path) -> None:
+    straight = deep_task()
+    result = run(straight, deep_config(), tmp_path / "straight")
+
+    stopped = deep_task()
+    stopped.stop_in_evaluation = 3
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, deep_config(), tmp_path / "stopped")
+    with (tmp_path / "stopped" / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "left by": "a run that ended after this line and before its checkpoint"}\n')
+    torch.manual_seed(77)  # a new process begins elsewhere
+    resumed = PointsTask(deep_task().model, num_points=12)
+    again = run(resumed, deep_config(resume=True), tmp_path / "stopped")
+
+    assert resumed.loader.epochs == [2, 3]
+    torch.testing.assert_close(resumed.model.state_dict(), straight.model.state_dict(), rtol=0, atol=1e-6)
+    one, other = load_checkpoint(result.last_path), load_checkpoint(again.last_path)
+    torch.testing.assert_close(other["weights"], one["weights"], rtol=0, atol=1e-6)
+    assert (other["step"], other["epoch"]) == (one["step"], one["epoch"]) == (12, 4)
+    assert again.best_epoch == result.best_epoch
+    assert again.best_metric == pytest.approx(result.best_metric, abs=1e-6)
+    assert losses_of(tmp_path / "stopped") == pytest.approx(losses_of(tmp_path / "straight"), abs=1e-6)
+
+
+def test_finished_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = run(PointsTask(), config_of(), tmp_path / "run")
+    task = PointsTask()
+    with caplog.at_level("INFO"):
+        second = run(task, config_of(resume=True), tmp_path / "run")
+    assert "this run is finished, all its 2 epochs are done" in caplog.text
+    assert task.loader.epochs == []
+    assert (second.metrics, second.best_epoch) == (first.metrics, first.best_epoch)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_folder_with_a_run_is_not_written_over(tmp_path: Path) -> None:
+    run(PointsTask(), config_of(), tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"already holds a run; go on with it by --train\.resume or use another --run-dir"
+    ):
+        run(PointsTask(), config_of(), tmp_path / "run")
+
+
+def test_nothing_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"last\.pt is not there, so there is nothing to resume"):
+        run(PointsTask(), config_of(resume=True), tmp_path / "run")
+
+
+def test_best_weights_cannot_be_resumed(tmp_path: Path) -> None:
+    result = run(PointsTask(), config_of(), tmp_path / "run")
+    result.best_path.replace(result.last_path)
+    with pytest.raises(ValueError, match="holds weights alone and no state to go on from"):
+        run(PointsTask(), config_of(resume=True), tmp_path / "run")
+
+
+def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
+    record = {"train": {"epochs": 2, "device": "cpu"}, "data": {"num_workers": 0, "folder": "a"}, "old": 1}
+    changed = {"train": {"epochs": 4, "device": "cuda"}, "data": {"num_workers": 8, "folder": "a"}, "new": [2]}
+    train(PointsTask(), config_of(), tmp_path / "run", CPU, record)
+    with pytest.raises(ValueError, match="was started with other settings") as error:
+        train(PointsTask(), config_of(epochs=4, resume=True), tmp_path / "run", CPU, changed)
+    assert "settings: train.epochs 2 -> 4; old 1 -> None; new None -> [2]. Resume" in str(error.value)
+
+
+def test_too_few_pictures_for_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"3 training pictures give no batch of 4; lower --train\.batch-size"):
+        run(PointsTask(num_points=3), config_of(), tmp_path / "run")
+
+
+def test_unreadable_pictures_are_named_once_and_the_run_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = PointsTask()
+    task.loader.skipped = {0: ["a.jpg: does not decode"]}
+    run(task, config_of(max_skipped_share=1 / 8), tmp_path / "run")
+    named = [record.message for record in caplog.records if "a.jpg" in record.message]
+    assert named == ["skipped a picture that cannot be read: a.jpg: does not decode"]
+    assert "1 unreadable training pictures were skipped" in caplog.text
+
+
+def test_too_many_unreadable_pictures_end_the_run(tmp_path: Path) -> None:
+    task = PointsTask()
+    task.loader.skipped = {0: [f"{name}.jpg: is not there" for name in "ab"], 1: [f"{name}.jpg: x" for name in "cdefg"]}
+    with pytest.raises(ValueError, match="cannot be read") as error:
+        run(task, config_of(max_skipped_share=0.25), tmp_path / "run")
+    assert str(error.value).startswith(
+        "7 of 8 training pictures cannot be read, more than --train.max-skipped-share 0.25 allows: "
+        "a.jpg: is not there; b.jpg: is not there; c.jpg: x; d.jpg: x; e.jpg: x; and 2 more. Repair"
+    )
+
+
+def test_learning_rate_scales_reach_the_optimiser(tmp_path: Path) -> None:
+    task = PointsTask(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)))
+    task.lr_scales = {"0.": 0.0}
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    run(task, config_of(), tmp_path / "run")
+    after = task.model.state_dict()
+    assert torch.equal(after["0.weight"], before["0.weight"])
+    assert not torch.equal(after["1.weight"], before["1.weight"])
+
+
+class CountHostReads(TorchDispatchMode):
+    """Counts what makes the host wait for the device: single values read, and shapes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_reads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+            self.num_reads += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_steps_do_not_wait_for_the_device(tmp_path: Path, amp: Literal["off", "fp16"]) -> None:
+    num_reads = []
+    for num_points in (8, 32):
+        task = deep_task()
+        task.loader = Loader(torch.randn(num_points, 3), torch.randn(num_points, 1), 4)
+        with CountHostReads() as counter:
+            run(task, deep_config(epochs=1, amp=amp, log_every=100), tmp_path / str(num_points))
+        num_reads.append(counter.num_reads)
+    assert num_reads[0] == num_reads[1]
+
+
+def test_step_with_a_graph_break_does_not_compile(tmp_path: Path) -> None:
+    class Broken(SquaredDistance):
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            torch._dynamo.graph_break()
+            return super().forward(x, y)
+
+    task = PointsTask()
+    task.step = Broken(task.model)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        run(task, config_of(compile=True), tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_compiled_step_trains_the_same(tmp_path: Path) -> None:
+    compiled, plain = deep_task(), deep_task()
+    compiled.model[3].p = plain.model[3].p = 0.0  # compiled code draws other numbers
+    # not AdamW: it makes whole steps of the rounding error that a bias before a batch norm has for a gradient
+    result = run(compiled, deep_config(optim=plain_optim(), compile=True), tmp_path / "compiled")
+    run(plain, deep_config(optim=plain_optim()), tmp_path / "plain")
+    torch.testing.assert_close(compiled.model.state_dict(), plain.model.state_dict(), rtol=1e-4, atol=1e-5)
+    assert "0.weight" in load_checkpoint(result.best_path)["weights"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "train.epochs must be at least 1, not 0"),
+        ({"batch_size": 0}, "train.batch_size must be at least 1, not 0"),
+        ({"accumulate": 0}, "train.accumulate must be at least 1, not 0"),
+        ({"eval_every": 0}, "train.eval_every must be at least 1, not 0"),
+        ({"log_every": 0}, "train.log_every must be at least 1, not 0"),
+        ({"num_threads": 0}, "train.num_threads must be at least 1 or None, not 0"),
+        ({"max_skipped_share": 1.5}, "train.max_skipped_share must be in 0 <= x <= 1, not 1.5"),
+        ({"optim": OptimConfig(lr=-1.0)}, "optim.lr must be above 0"),
+        ({"ema": EmaConfig(decay=2.0)}, "ema.decay must be in"),
+    ],
+)
+def test_meaningless_values_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(PointsTask(), config_of(**change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_is_shared_out_evenly() -> None:
+    assert TrainConfig(batch_size=24).batch_size_per_process(8) == 3
+    with pytest.raises(
+        ValueError, match=r"train\.batch_size 24 cannot be shared out evenly to 5 processes; take a multiple of 5"
+    ):
+        TrainConfig(batch_size=24).batch_size_per_process(5)
+
+
+def test_synchronised_norms_need_gpus(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"train\.sync_norm works on GPUs alone"):
+        run(
+            PointsTask(), config_of(sync_norm=True), tmp_path / "run", Runtime(device=torch.device("cpu"), world_size=2)
+        )
+
+
+def train_in_a_process(rank: int, port: int, folder: Path) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    with open_runtime("cpu", num_threads=1) as runtime:
+        for accumulate in (1, 2):
+            task = PointsTask(batch_size=4 // accumulate, runtime=runtime)
+            task.loader.skipped = {0: ["a.jpg: seen by process 0"]} if rank == 0 else {}
+            if rank == 1:
+                with torch.no_grad():
+                    task.model.weight.zero_()  # whatever the others begin with, process 0's weights count
+            config = config_of(accumulate=accumulate, ema=EmaConfig(horizon_share=0.5), max_skipped_share=0.5)
+            run(task, config, folder / f"run {rank} {accumulate}", runtime)
+            torch.save(task.model.state_dict(), folder / f"weights {rank} {accumulate}.pt")
+        assert runtime.union_over_processes([str(rank)]) == {"0", "1"}
+
+        norm = nn.BatchNorm1d(1)
+        norm.running_mean.fill_(2.0 + 4.0 * rank)
+        runtime.average_buffers(norm)
+        assert norm.running_mean.item() == 4.0
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_batches_equal_one_with_the_whole(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(train_in_a_process, (port, tmp_path), nprocs=2)
+
+    alone = PointsTask()
+    result = run(alone, config_of(ema=EmaConfig(horizon_share=0.5)), tmp_path / "alone")
+    expected = load_checkpoint(result.last_path)
+    for accumulate in (1, 2):
+        for rank in range(2):
+            weights = torch.load(tmp_path / f"weights {rank} {accumulate}.pt")
+            torch.testing.assert_close(weights, alone.model.state_dict())
+        ours = load_checkpoint(tmp_path / f"run 0 {accumulate}" / "last.pt")
+        torch.testing.assert_close(ours["weights"], expected["weights"])
+        assert ours["metrics"]["score"] == pytest.approx(result.metrics["score"], rel=1e-5)
+        assert losses_of(tmp_path / f"run 0 {accumulate}") == pytest.approx(losses_of(tmp_path / "alone"), rel=1e-5)
+        assert not (tmp_path / f"run 1 {accumulate}").exists()  # process 0 alone writes

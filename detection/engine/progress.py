@@ -150,7 +150,8 @@ class RunLog:
             self._metrics_path.write_text("".join(f"{line}\n" for line in kept))
             self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.first_step)
             self._stack.callback(self.writer.close)
-            self._stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not through it
+            if sys.stderr.isatty():
+                self._stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not through it
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -160,14 +161,13 @@ class RunLog:
 
     def start_epoch(self, epoch: int, num_steps: int) -> None:
         if self.runtime.is_main:
-            shown = sys.stderr.isatty()
             self._bar = tqdm(
                 total=num_steps,
                 desc=f"epoch {epoch + 1}/{self.num_epochs}",
                 unit="step",
                 leave=False,
                 dynamic_ncols=True,
-                disable=not shown,
+                disable=not sys.stderr.isatty(),
             )
 
     def advance(self) -> None:
