@@ -27,7 +27,14 @@ def tf_same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]
     TensorFlow's SAME rule: the total depends on the size, and the odd pixel goes to the end. Stride 2 over an even side
     pads the end alone, where a symmetric padding of one pixel looks one pixel further up and left.
     """
-    total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
+    # The textbook form is max((ceil(size / stride) - 1) * stride + kernel_size - size, 0). It depends on size % stride
+    # alone, and compared like this a torch.compile with unknown sizes takes the remainder as a constant: one guard in
+    # place of a formula in symbols that grows with every layer (seven times the compile time for the whole network).
+    remainder = 0
+    for remainder in range(stride):
+        if size % stride == remainder:
+            break
+    total = max(kernel_size - (remainder or stride), 0)
     return total // 2, total - total // 2
 
 

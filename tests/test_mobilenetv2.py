@@ -15,6 +15,7 @@ from backbones.layers import ConvNormAct, make_divisible, tf_same_padding
 from backbones.mobilenetv2 import InvertedResidual, MobileNetV2, MobileNetV2Config
 from backbones.weights import load_classifier
 
+PAPER_TAIL = ((6, 32, 1, 2), (6, 64, 1, 2), (6, 160, 1, 2))
 PAPER_PARTS = ["stem", *(f"stage{number}" for number in range(1, 8)), "last"]
 
 
@@ -308,7 +309,8 @@ def test_classifier_refuses() -> None:
 @pytest.mark.parametrize("padding", ["symmetric", "tf_same"])
 def test_compiles_whole_and_runs_under_fake_tensors(padding) -> None:
     names = ("stride16_depthwise", "stride16_expansion", "last")
-    backbone = MobileNetV2(MobileNetV2Config(padding=padding, width=0.35), names).eval()
+    config = MobileNetV2Config(padding=padding, width=0.35, settings=((1, 16, 1, 1), (6, 24, 2, 2), *PAPER_TAIL))
+    backbone = MobileNetV2(config, names).eval()
     compiled = torch.compile(backbone, fullgraph=True, backend="eager")
     for size in [(64, 96), (97, 130)]:
         images = torch.rand(1, 3, *size)
