@@ -1,0 +1,48 @@
+"""Box formats and overlaps. Nothing here looks at a picture or at a weight.
+
+``xyxy`` is x1, y1, x2, y2; ``xywh`` x1, y1, width, height; ``cxcywh`` the centre, width, height. All in the same unit.
+Letters in shapes: N and M boxes; ``...`` any leading dimensions.
+"""
+
+from torch import Tensor
+from torch import stack as _stack
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """[..., 4] -> [..., 4]."""
+    cx, cy, w, h = boxes.unbind(-1)
+    return _stack((cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h), -1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """[..., 4] -> [..., 4]."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return _stack((0.5 * (x1 + x2), 0.5 * (y1 + y2), x2 - x1, y2 - y1), -1)
+
+
+def box_area(boxes: Tensor) -> Tensor:
+    """xyxy [..., 4] -> area [...]; zero for a box whose corners are crossed."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return (x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)
+
+
+def paired_iou(first: Tensor, second: Tensor) -> Tensor:
+    """Intersection over union of every box of one set with every box of another.
+
+    ``torchvision.ops.box_iou`` takes one picture; this one takes a batch, because a loop over pictures would be a launch
+    of kernels per picture.
+
+    Args:
+        first: xyxy [..., N, 4].
+        second: xyxy [..., M, 4]; the leading dimensions broadcast.
+
+    Returns:
+        [..., N, M] in 0..1; zero where both boxes are empty.
+    """
+    x1, y1, x2, y2 = first.unsqueeze(-2).unbind(-1)  # each [..., N, 1]
+    u1, v1, u2, v2 = second.unsqueeze(-3).unbind(-1)  # each [..., 1, M]
+    width = (x2.minimum(u2) - x1.maximum(u1)).clamp_(min=0)
+    height = (y2.minimum(v2) - y1.maximum(v1)).clamp_(min=0)
+    intersection = width.mul_(height)
+    union = box_area(first).unsqueeze(-1) + box_area(second).unsqueeze(-2) - intersection
+    return intersection / union.clamp_(min=1e-9)
