@@ -1,0 +1,160 @@
+"""The training loss of SSD: what the raw predictions should have been.
+
+The whole batch at once: no loop over pictures, no boolean indexing, nothing that makes the host wait for the device, so
+that the step compiles into one graph and CUDA never idles.
+
+Letters in shapes: B batch, A anchors, M objects of a picture (padded), C columns of class logits.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+
+from detection.box_coder import BoxCoder
+from detection.matcher import Matcher, MatcherConfig
+from detection.structures import RawPredictions, Target
+
+
+@dataclass(kw_only=True, slots=True)
+class LossConfig:
+    classification: Literal["cross_entropy", "focal"] = "cross_entropy"
+    """cross_entropy: softmax over classes and background with hard-negative mining (SSD). focal: sigmoid focal loss of
+    every anchor, no mining (RetinaNet)."""
+    matcher: MatcherConfig = field(default_factory=MatcherConfig)
+    """How anchors and objects are matched."""
+    negatives_per_positive: float = 3.0
+    """Hard-negative mining: the worst negatives of a picture that count, for each of its positives."""
+    min_negatives: int = 3
+    """Hard-negative mining: negatives that count at least. A picture without objects teaches through these."""
+    box_weight: float = 1.0
+    """Weight of the box loss."""
+    classification_weight: float = 1.0
+    """Weight of the classification loss."""
+    smooth_l1_beta: float = 1.0
+    """Where the box loss turns from square to linear, in units of the box code."""
+    label_smoothing: float = 0.0
+    """Share of the class target that is spread over all columns (cross_entropy alone)."""
+    focal_alpha: float = 0.25
+    """Weight of the positives in the focal loss."""
+    focal_gamma: float = 2.0
+    """How strongly the focal loss forgets what is already right."""
+
+    def validate(self) -> None:
+        self.matcher.validate()
+        if self.negatives_per_positive < 0 or self.min_negatives < 0:
+            raise ValueError("loss.negatives_per_positive and loss.min_negatives must not be negative")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if self.label_smoothing and self.classification == "focal":
+            raise ValueError("loss.label_smoothing belongs to cross_entropy; with the focal loss it would do nothing")
+        if self.smooth_l1_beta <= 0:
+            raise ValueError(f"loss.smooth_l1_beta must be positive, got {self.smooth_l1_beta}")
+
+
+class DetectionLoss(nn.Module):
+    """Smooth L1 on the box code of the positives, and a classification loss on positives and negatives.
+
+    Both are summed over the batch and divided by the number of positives in it (SSD, arXiv 1512.02325, eq. 1). Across
+    processes that number is the mean over all of them, so that a picture weighs the same however pictures fall on GPUs.
+
+    Args:
+        config: see ``LossConfig``.
+        box_coder: the code that the predictions are written in.
+        background_column: whether column 0 of the class logits stands for the background; labels start at column 1 then.
+    """
+
+    def __init__(self, config: LossConfig, box_coder: BoxCoder, background_column: bool) -> None:
+        super().__init__()
+        config.validate()
+        if config.classification == "cross_entropy" and not background_column:
+            raise ValueError(
+                "cross_entropy needs a background column; set model.score to softmax or use the focal loss"
+            )
+        self.config = config
+        self.box_coder = box_coder
+        self.matcher = Matcher(config.matcher)
+        self.first_column = int(background_column)
+
+    def forward(self, raw: RawPredictions, target: Target) -> dict[str, Tensor]:
+        """The loss of a batch.
+
+        Args:
+            raw: predictions [B, A, ...]; half precision is fine, the loss is computed in float32.
+            target: objects [B, M, ...] in pixels of the network's input.
+
+        Returns:
+            Scalars: ``loss`` (the weighted sum, to be minimised), ``loss_box``, ``loss_class`` and, for the log,
+            ``positives`` (matched anchors a picture).
+        """
+        logits, encodings = raw.class_logits.float(), raw.box_encodings.float()
+        B, A, C = logits.shape
+        with torch.no_grad():
+            positive, objects = self.matcher(target.boxes, target.valid, raw.anchors)
+            if target.valid.shape[1]:
+                labels = torch.gather(target.labels, 1, objects)
+                boxes = torch.gather(target.boxes, 1, objects[..., None].expand(B, A, 4))
+            else:  # no picture of the batch has an object
+                labels, boxes = torch.zeros_like(objects), torch.zeros_like(encodings)
+            # Anchors without an object get themselves as target: finite numbers that are then masked away.
+            boxes = torch.where(positive[..., None], boxes, raw.anchors)
+            columns = torch.where(positive, labels + self.first_column, 0)
+            normaliser = _mean_over_processes(positive.sum().float()).clamp(min=1.0)
+
+        box_errors = F.smooth_l1_loss(
+            encodings,
+            self.box_coder.encode(boxes, raw.anchors),
+            reduction="none",
+            beta=self.config.smooth_l1_beta,
+        ).sum(-1)
+        loss_box = (box_errors * positive).sum() / normaliser
+
+        if self.config.classification == "focal":
+            one_hot = F.one_hot(columns, C).to(logits)
+            if not self.first_column:  # without a background column a negative is a row of zeros
+                one_hot = one_hot * positive[..., None]
+            loss_class = (
+                sigmoid_focal_loss(logits, one_hot, self.config.focal_alpha, self.config.focal_gamma).sum() / normaliser
+            )
+        else:
+            errors = F.cross_entropy(
+                logits.flatten(0, 1), columns.flatten(), reduction="none", label_smoothing=self.config.label_smoothing
+            ).view(B, A)
+            counted = positive | self.hard_negatives(logits, positive)
+            loss_class = (errors * counted).sum() / normaliser
+
+        loss = self.config.box_weight * loss_box + self.config.classification_weight * loss_class
+        positives = positive.sum() / B
+        return {"loss": loss, "loss_box": loss_box, "loss_class": loss_class, "positives": positives}
+
+    @torch.no_grad()
+    def hard_negatives(self, logits: Tensor, positive: Tensor) -> Tensor:
+        """The negatives of each picture that look least like background (SSD, section 2.2, "Hard negative mining").
+
+        Args:
+            logits: float32 [B, A, C], column 0 the background.
+            positive: bool [B, A].
+
+        Returns:
+            bool [B, A]: the ``negatives_per_positive`` times as many negatives as the picture has positives, and at least
+            ``min_negatives``, with the lowest probability of background.
+        """
+        background = logits.log_softmax(-1)[..., 0].masked_fill(positive, float("inf"))
+        rank = background.argsort(dim=1, stable=True).argsort(dim=1)  # 0 = the hardest
+        wanted = (positive.sum(1, keepdim=True) * self.config.negatives_per_positive).floor()
+        wanted = wanted.clamp(min=self.config.min_negatives)
+        return (rank < wanted) & ~positive
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a scalar over all processes; itself where there is one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        import torch.distributed._functional_collectives as collectives  # in-graph, unlike dist.all_reduce
+
+        total: Tensor = collectives.all_reduce(value, "sum", torch.distributed.group.WORLD)  # type: ignore[arg-type]
+        return total / torch.distributed.get_world_size()
+    return value

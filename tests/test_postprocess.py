@@ -1,0 +1,98 @@
+"""From raw predictions to detections. Run: pytest tests/test_postprocess.py"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from detection.box_coder import BoxCoder
+from detection.postprocess import Postprocess, PostprocessConfig, to_picture
+from detection.structures import RawPredictions
+
+ANCHORS = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 70, 90]])
+WHOLE = torch.tensor([[1.0, 1, 0, 0]])
+SIZE = torch.tensor([[100, 100]])
+
+
+def softmax_logits(*scores: tuple[float, float]) -> Tensor:
+    """Logits of background and two classes with these scores of the two."""
+    return torch.tensor([[[1 - sum(s), *s] for s in scores]]).clamp(min=1e-9).log()
+
+
+def run(config: PostprocessConfig, logits: Tensor, anchors: Tensor = ANCHORS) -> list[tuple[list[float], float, int]]:
+    raw = RawPredictions(torch.zeros(1, len(anchors), 4), logits, anchors)
+    (found,) = Postprocess(config, BoxCoder(), "softmax", True, ("cat", "dog"))(raw, WHOLE, SIZE)
+    assert found.class_names == ("cat", "dog")
+    return [
+        (b.tolist(), round(s.item(), 4), int(i))
+        for b, s, i in zip(found.boxes, found.scores, found.labels, strict=True)
+    ]
+
+
+def test_nothing_above_the_threshold() -> None:
+    assert run(PostprocessConfig(score_threshold=0.5), softmax_logits((0.1, 0.1), (0.2, 0.1), (0.3, 0.3))) == []
+
+
+def test_suppression_is_within_a_class() -> None:
+    # Anchors 0 and 1 overlap with IoU 90 / 110. As cats the second goes; as a dog it stays.
+    logits = softmax_logits((0.8, 0.01), (0.6, 0.3), (0.02, 0.9))
+    config = PostprocessConfig(score_threshold=0.05, nms_threshold=0.5)
+    assert run(config, logits) == [([50, 50, 70, 90], 0.9, 1), ([0, 0, 10, 10], 0.8, 0), ([1, 0, 11, 10], 0.3, 1)]
+    loose = PostprocessConfig(score_threshold=0.05, nms_threshold=0.9)
+    assert ([1, 0, 11, 10], 0.6, 0) in run(loose, logits)
+
+
+def test_limits() -> None:
+    logits = softmax_logits((0.8, 0.01), (0.6, 0.3), (0.02, 0.9))
+    assert run(PostprocessConfig(max_detections=1), logits) == [([50, 50, 70, 90], 0.9, 1)]
+    assert [score for _, score, _ in run(PostprocessConfig(candidates=2), logits)] == [0.9, 0.8]
+    assert len(run(PostprocessConfig(candidates=10_000, nms_threshold=1.0), logits)) == 6  # more than there are pairs
+
+
+def test_sigmoid_scores_with_and_without_a_background_column() -> None:
+    logits = torch.tensor([[[9.0, 0.0, -9.0]]])  # columns: background?, cat, dog
+    raw = RawPredictions(torch.zeros(1, 1, 4), logits, ANCHORS[:1])
+    config = PostprocessConfig(score_threshold=0.01)
+    (found,) = Postprocess(config, BoxCoder(), "sigmoid", True)(raw, WHOLE, SIZE)
+    assert found.scores.tolist() == [0.5]
+    assert found.labels.tolist() == [0]
+    (found,) = Postprocess(config, BoxCoder(), "sigmoid", False)(raw, WHOLE, SIZE)
+    assert found.labels.tolist() == [0, 1]
+    assert found.scores.tolist() == pytest.approx([0.99988, 0.5], abs=1e-5)
+
+
+def test_boxes_come_back_to_the_picture_by_hand() -> None:
+    # A picture 200 wide and 100 high, letterboxed into 320 x 320: scale 1.6, 80 pixels above it.
+    # (80, 80)-(160, 240) in the input is (50, 0)-(100, 100) in the picture; what sticks out is cut off.
+    boxes = torch.tensor([[[80.0, 80, 160, 240], [-16, 0, 400, 400]]])
+    placements = torch.tensor([[1.6, 1.6, 0.0, 80.0]])
+    back = to_picture(boxes, placements, torch.tensor([[100, 200]]).float())
+    assert back.tolist() == [[[50, 0, 100, 100], [0, 0, 200, 100]]]
+
+
+def test_a_box_outside_of_its_picture_is_dropped() -> None:
+    anchors = torch.tensor([[-30.0, 0, -10, 10]])
+    assert run(PostprocessConfig(), softmax_logits((0.9, 0.05)), anchors) == []
+
+
+def test_pictures_of_a_batch_do_not_meet() -> None:
+    torch.manual_seed(0)
+    raw = RawPredictions(torch.randn(3, 3, 4), torch.randn(3, 3, 3), ANCHORS)
+    post = Postprocess(PostprocessConfig(), BoxCoder(), "softmax", True)
+    together = post(raw, WHOLE.expand(3, 4), SIZE.expand(3, 2))
+    for b in range(3):
+        (alone,) = post(RawPredictions(raw.box_encodings[b : b + 1], raw.class_logits[b : b + 1], ANCHORS), WHOLE, SIZE)
+        torch.testing.assert_close(together[b].boxes, alone.boxes)
+        assert together[b].labels.tolist() == alone.labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PostprocessConfig(score_threshold=1.0), r"score_threshold must be in \[0, 1\), got 1.0"),
+        (PostprocessConfig(nms_threshold=0.0), "nms_threshold must be in"),
+        (PostprocessConfig(candidates=0), "must be at least 1"),
+    ],
+)
+def test_configs_that_make_no_sense(config: PostprocessConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Postprocess(config, BoxCoder(), "softmax", True)
