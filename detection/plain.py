@@ -1,0 +1,38 @@
+"""Typed configs as plain data: what json and a checkpoint hold."""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+Config = TypeVar("Config")
+
+
+def to_plain(config: object) -> dict[str, Any]:
+    """A config as dicts, lists, numbers and texts, fit for json and for a checkpoint."""
+    plain: dict[str, Any] = msgspec.to_builtins(config, enc_hook=_path_to_text)
+    return plain
+
+
+def from_plain(plain: object, config_type: type[Config]) -> Config:
+    """The inverse of ``to_plain``.
+
+    Raises:
+        ValueError: a value has another type than the field, which the message names.
+    """
+    try:
+        return msgspec.convert(plain, config_type, dec_hook=_text_to_path, strict=False)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"this is no {config_type.__name__}: {error}") from error
+
+
+def _path_to_text(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    raise NotImplementedError(f"a config must not hold a {type(value).__name__}")
+
+
+def _text_to_path(wanted: type, value: Any) -> Any:
+    if issubclass(wanted, Path):
+        return Path(value)
+    raise NotImplementedError(f"cannot read a {wanted.__name__}")

@@ -1,0 +1,185 @@
+"""A detector in three lines, and detectors on disk. Run: pytest tests/test_predictor.py"""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from backbones.classifier import Classifier, ClassifierConfig
+from backbones.mobilenetv2 import MobileNetV2Config
+from backbones.weights import WeightsInfo, save_weights
+from detection import load_detector
+from detection.anchors import AnchorConfig
+from detection.engine.checkpoint import save_checkpoint
+from detection.model import Detector, DetectorConfig
+from detection.plain import to_plain
+from detection.postprocess import PostprocessConfig
+from detection.predictor import Predictor, fold_norms, read_image
+from detection.weights import DetectorInfo, holds_detector, read_detector, save_detector, start_from
+
+SMALL = MobileNetV2Config(width=0.35)
+NAMES = ("cat", "dog")
+
+
+def small_config(**changes: object) -> DetectorConfig:
+    return DetectorConfig(backbone=SMALL, input_size=(96, 128), **changes)  # type: ignore[arg-type]
+
+
+def small_detector(names: tuple[str, ...] = NAMES, seed: int = 0, **changes: object) -> tuple[Detector, DetectorInfo]:
+    torch.manual_seed(seed)
+    model = Detector(small_config(**changes), len(names)).eval()
+    for module in model.modules():  # statistics as after a training, so that folding has something to do
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    info = DetectorInfo(
+        model=model.config,
+        postprocess=PostprocessConfig(),
+        class_names=names,
+        category_ids=tuple(range(1, len(names) + 1)),
+    )
+    return model, info
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
+
+
+def test_three_lines(tmp_path: Path, image: np.ndarray) -> None:
+    save_detector(tmp_path / "d.safetensors", *small_detector())
+    detector = load_detector(tmp_path / "d.safetensors", device="cpu", score_threshold=0.01)
+    found = detector(image)
+    assert len(found) > 0
+    assert detector.class_names == NAMES
+    assert set(found.names()) <= set(NAMES)
+    assert found.boxes.min() >= 0
+    assert found.boxes[:, 2].max() <= 200
+    assert found.boxes[:, 3].max() <= 150
+    assert (found.scores[:-1] >= found.scores[1:]).all()
+    assert len(found.above(1.0)) == 0
+
+
+def test_an_array_a_path_and_a_batch_are_the_same(tmp_path: Path, image: np.ndarray) -> None:
+    detector = Predictor(*small_detector(), torch.device("cpu"))
+    path = tmp_path / "bild ü.png"
+    assert cv2.imencode(".png", image[..., ::-1])[1].tofile(path) is None
+    alone = detector(image)
+    batch = detector([str(path), image, image[:100]])
+    for found in (detector(path), *batch[:2]):
+        torch.testing.assert_close(found.boxes, alone.boxes, rtol=1e-3, atol=0.05)
+    assert batch[2].boxes[:, 3].max() <= 100
+    assert detector([]) == []
+
+
+def test_folding_changes_nothing_but_the_layers() -> None:
+    model, _ = small_detector()
+    images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8)
+    with torch.inference_mode():
+        before = model(images)
+        after = fold_norms(model)(images)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    torch.testing.assert_close(after.class_logits, before.class_logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(after.box_encodings, before.box_encodings, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "checkpoint"])
+def test_a_detector_on_disk_is_the_same_detector(tmp_path: Path, kind: str) -> None:
+    model, info = small_detector()
+    path = tmp_path / ("d.safetensors" if kind == "safetensors" else "best.pt")
+    if kind == "safetensors":
+        save_detector(path, model, info)
+    else:
+        save_checkpoint(path, {"weights": model.state_dict(), "extra": {"detector": to_plain(info)}})
+    assert holds_detector(path)
+    again, info_again = read_detector(path)
+    assert info_again == info
+    images = torch.randint(0, 256, (1, 3, 96, 128), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert torch.equal(again(images).class_logits, model(images).class_logits)
+    larger, _ = read_detector(path, input_size=(160, 160))
+    assert len(larger.anchors) > len(model.anchors)
+
+
+def test_start_from_a_detector_of_other_classes_keeps_all_but_the_classes(tmp_path: Path) -> None:
+    old, info = small_detector(seed=1)
+    save_detector(tmp_path / "d.safetensors", old, info)
+    new, _ = small_detector(("bird", "cat", "dog"), seed=2)
+    fresh = {key: value.clone() for key, value in new.state_dict().items()}
+    said = start_from(new, tmp_path / "d.safetensors", ("bird", "cat", "dog"))
+    assert "knows 2 classes (cat, dog) and is to learn 3 (bird, cat, dog)" in said
+    state, old_state = new.state_dict(), old.state_dict()
+    outputs = {f"head.classes.{k}.1.{name}" for k in range(6) for name in ("weight", "bias")}
+    for key, value in state.items():
+        assert torch.equal(value, fresh[key] if key in outputs else old_state[key]), key
+
+
+def test_start_from_the_same_classes_loads_all(tmp_path: Path) -> None:
+    old, info = small_detector(seed=1)
+    save_detector(tmp_path / "d.safetensors", old, info)
+    new, _ = small_detector(seed=2)
+    assert "new" not in start_from(new, tmp_path / "d.safetensors", NAMES)
+    assert all(torch.equal(a, b) for a, b in zip(new.state_dict().values(), old.state_dict().values(), strict=True))
+
+
+def test_start_from_a_classifier_takes_backbone_and_normalisation(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    classifier = Classifier(ClassifierConfig(backbone=SMALL), 5)
+    half = (0.5, 0.5, 0.5)
+    save_weights(tmp_path / "c.safetensors", classifier, WeightsInfo(mean=half, std=half))
+    model, _ = small_detector(mean=None, std=None)
+    model.config.mean = model.config.std = None
+    assert "heads are new" in start_from(model, tmp_path / "c.safetensors", NAMES)
+    assert torch.equal(model.backbone.stem.conv.weight, classifier.backbone.stem.conv.weight)
+    assert model.mean.flatten().tolist() == pytest.approx([127.5] * 3)
+    assert model.config.std == half
+    assert model.fill == (128, 128, 128)
+
+
+def test_a_detector_of_another_build_is_refused(tmp_path: Path) -> None:
+    save_detector(tmp_path / "d.safetensors", *small_detector())
+    model, _ = small_detector(anchors=AnchorConfig(min_scale=0.1))
+    with pytest.raises(ValueError, match=r"made with another network[\s\S]*anchors: the weights have .*min_scale=0.2"):
+        start_from(model, tmp_path / "d.safetensors", NAMES)
+
+
+def test_files_that_hold_no_detector(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.pt: no such checkpoint"):
+        load_detector(tmp_path / "none.pt")
+    (tmp_path / "text.pt").write_text("hello")
+    with pytest.raises(ValueError, match=r"text\.pt is not a checkpoint"):
+        load_detector(tmp_path / "text.pt")
+    save_weights(tmp_path / "c.safetensors", Classifier(ClassifierConfig(backbone=SMALL), 5), WeightsInfo())
+    with pytest.raises(ValueError, match=r"c\.safetensors holds no detector"):
+        load_detector(tmp_path / "c.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(ValueError, match=r"broken\.safetensors is not a safetensors file"):
+        load_detector(tmp_path / "broken.safetensors")
+    save_checkpoint(tmp_path / "other.pt", {"weights": {}, "extra": {}})
+    with pytest.raises(ValueError, match="not of a detector"):
+        load_detector(tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"written as \.safetensors"):
+        save_detector(tmp_path / "d.pt", *small_detector())
+
+
+def test_cuda_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    save_detector(tmp_path / "d.safetensors", *small_detector())
+    with pytest.raises(ValueError, match="'cuda' was asked for"):
+        load_detector(tmp_path / "d.safetensors", device="cuda")
+
+
+def test_pictures_that_are_none(tmp_path: Path, image: np.ndarray) -> None:
+    detector = Predictor(*small_detector(), torch.device("cpu"))
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg: no such picture"):
+        detector(tmp_path / "gone.jpg")
+    for content in (b"", b"no picture"):
+        (tmp_path / "bad.jpg").write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.jpg does not decode as a picture"):
+            read_image(tmp_path / "bad.jpg")
+    with pytest.raises(ValueError, match=r"got float32 \(150, 200, 3\)"):
+        detector(image.astype(np.float32))
+    with pytest.raises(ValueError, match=r"got uint8 \(150, 200\); a grey one"):
+        detector(image[..., 0])
