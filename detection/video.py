@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -36,7 +36,7 @@ class Frame:
     Attributes:
         image: uint8 RGB [H, W, 3].
         index: 0, 1, 2, ... in the order of the source. Where a live source is faster than its reader, numbers are missing.
-        time: seconds since the first frame; of a live source by the clock, of a file by its time stamps.
+        time: seconds since the first frame given; of a live source by the clock, of a file by its time stamps.
         name: file name of the picture, in a folder of pictures; else None.
     """
 
@@ -95,15 +95,15 @@ class FrameReader:
         self._queue: deque[Frame] = deque([first])
         self._read_ahead = max(1, read_ahead)
         self._changed = threading.Condition()
-        self._ended = self._closing = False
+        self._ended = self._closing = self._exhausted = False
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._fill, args=(frames,), name="FrameReader", daemon=True)
         self._thread.start()
 
     @property
     def broken(self) -> str | None:
-        """Why the source ended before its time, once it has ended; None where all is well."""
-        if self._closing or not self._ended:
+        """Why the source ended before its time, once its last frame was given; None where all is well."""
+        if not self._exhausted:
             return None
         if self._broke:
             return f"broke off after {self.num_read} frames: {self._broke}"
@@ -113,14 +113,19 @@ class FrameReader:
         return None
 
     def __iter__(self) -> Iterator[Frame]:
+        begin: float | None = None
         while True:
             with self._changed:
                 while not self._queue and not self._ended:
                     self._changed.wait()
                 if not self._queue:
+                    self._exhausted = not self._closing
                     break
                 frame = self._queue.popleft()
                 self._changed.notify_all()
+            if self.live:
+                begin = frame.time if begin is None else begin
+                frame = replace(frame, time=frame.time - begin)
             self.num_read += 1
             yield frame
         if self._error is not None:
@@ -129,7 +134,7 @@ class FrameReader:
     def close(self) -> None:
         """Stops the thread and lets go of the source. Frames not yet fetched are lost."""
         with self._changed:
-            self._closing = self._closing or not self._ended
+            self._closing = True
             self._queue.clear()
             self._changed.notify_all()
         self._thread.join(timeout=STREAM_TIMEOUT + 1)  # a thread waiting for a silent stream ends with that wait
@@ -172,7 +177,7 @@ class FrameReader:
         self.rate = rate if 0 < rate <= 1000 else USUAL_RATE  # some files say 90000, the unit of their clock
 
         def frames() -> Generator[Frame, None, None]:
-            index, last, begin = 0, -1 / self.rate, 0.0
+            index, last = 0, -1 / self.rate
             try:
                 while True:
                     there, image = capture.read()
@@ -180,8 +185,7 @@ class FrameReader:
                         self._broke = "the stream ended" if self.live else None
                         return
                     if self.live:
-                        begin = begin or time.monotonic()
-                        now = time.monotonic() - begin
+                        now = time.monotonic()
                     else:
                         now = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
                         now = now if now > last else last + 1 / self.rate

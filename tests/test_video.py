@@ -76,6 +76,15 @@ def test_leaving_in_the_middle_stops_the_thread(tmp_path: Path):
         next(iter(reader))
     assert no_readers()
     assert reader.broken is None
+    assert list(reader) == []  # closed is closed
+
+
+def test_leaving_before_the_last_frames_is_no_broken_film(tmp_path: Path):
+    with FrameReader(film(tmp_path / "film.mp4", 6)) as reader:
+        next(iter(reader))
+        while not reader._ended:  # all of it lies in the queue
+            time.sleep(0.001)
+    assert reader.broken is None
 
 
 def test_folder_of_pictures_in_natural_order(tmp_path: Path):
@@ -113,6 +122,7 @@ def test_camera_drops_old_frames_rather_than_lag(monkeypatch: pytest.MonkeyPatch
     camera = Camera(count=40, pause=0.002)
     monkeypatch.setattr(video, "_capture", lambda source: camera)
     with FrameReader("0") as reader:
+        time.sleep(0.01)  # as long as a network takes to load, or longer
         assert reader.live
         assert reader.num_frames is None
         assert reader.rate == 30.0  # the camera says 0
@@ -126,6 +136,8 @@ def test_camera_drops_old_frames_rather_than_lag(monkeypatch: pytest.MonkeyPatch
     assert np.all(np.diff([frame.index for frame in frames]) > 0)
     assert reader.broken == f"broke off after {len(frames)} frames: the stream ended"
     assert camera.released
+    assert frames[0].time == 0  # the clock begins with the first frame given, however long nobody asked
+    assert frames[-1].time == pytest.approx(0.002 * (39 - frames[0].index), abs=0.05)
 
 
 def test_film_cut_off_in_the_middle_ends_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,229 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from detection.data.synthetic import draw_moving_pictures
+from detection.structures import Detections
+from detection.video import FrameReader, write_film
+from tools import demo_video
+
+
+class FakeDetector:
+    """Finds a box that moves one pixel to the right in each call."""
+
+    class_names = ("cat", "dog")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.on_call: Callable[[int], None] = lambda call: None
+
+    def __call__(self, image: np.ndarray) -> Detections:
+        assert image.dtype == np.uint8
+        assert image[..., 0].mean() > image[..., 2].mean()  # RGB: the test film is reddish
+        self.on_call(self.calls)
+        x = float(self.calls)
+        self.calls += 1
+        return Detections(
+            boxes=torch.tensor([[x, 10, x + 20, 40]]),
+            scores=torch.tensor([0.75]),
+            labels=torch.tensor([1]),
+            class_names=self.class_names,
+        )
+
+
+@pytest.fixture
+def detector(monkeypatch: pytest.MonkeyPatch) -> FakeDetector:
+    fake = FakeDetector()
+    monkeypatch.setattr(demo_video, "load_detector", lambda path, device, score_threshold: fake)
+    return fake
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> Path:
+    reddish = np.full((96, 128, 3), (150, 90, 60), np.uint8)
+    write_film(tmp_path / "film.mp4", [reddish] * 12, 12.5)
+    return tmp_path / "film.mp4"
+
+
+def run(film: Path, *options: str, out: str = "out.mp4") -> tuple[demo_video.DemoResult, list[dict]]:
+    lines = film.parent / "out.jsonl"
+    argv = ["best.pt", "--source", str(film), "--out", str(film.parent / out), "--json", str(lines), *options]
+    result = demo_video.main(argv)
+    return result, [json.loads(line) for line in lines.read_text().splitlines()]
+
+
+def count_frames(path: Path) -> int:
+    with FrameReader(path) as reader:
+        return sum(1 for _ in reader)
+
+
+def test_film_and_lines(film: Path, detector: FakeDetector, capsys: pytest.CaptureFixture[str]):
+    result, lines = run(film)
+    assert result.num_frames == 12
+    assert result.broken is None
+    assert 0 <= result.network_seconds <= result.seconds
+    assert [line["frame"] for line in lines] == list(range(12))
+    assert [line["time"] for line in lines] == pytest.approx(np.arange(12) / 12.5)
+    assert lines[3] == {
+        "frame": 3,
+        "time": 0.24,
+        "detections": [{"box": [3.0, 10.0, 23.0, 40.0], "score": 0.75, "label": 1, "class": "dog"}],
+    }
+    with FrameReader(film.parent / "out.mp4") as reader:
+        assert (reader.rate, reader.size, reader.num_frames) == (12.5, (96, 128), 12)
+        frames = [frame.image for frame in reader]
+    # the box is on the film: its lower side is supervision's red (255, 64, 64)
+    assert frames[5][40, 15].astype(int)[1] < 85
+    assert frames[5][60, 15].astype(int)[1] == pytest.approx(90, abs=12)
+    # and the frame rate, light on dark, in the corner
+    assert frames[5][:14, :40].min() < 60
+    printed = capsys.readouterr().out
+    assert "12 frames in" in printed
+    assert "of which the network" in printed
+    assert f"film: {film.parent / 'out.mp4'}" in printed
+    assert f"detections: {film.parent / 'out.jsonl'}" in printed
+
+
+def test_drawn_film_keeps_every_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    nothing = Detections(boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.int64))
+    monkeypatch.setattr(demo_video, "load_detector", lambda *_, **__: lambda image: nothing)
+    write_film(tmp_path / "film.mp4", (frame.image for frame in draw_moving_pictures(9, (96, 96), seed=0)), 25)
+    _, lines = run(tmp_path / "film.mp4")
+    assert len(lines) == 9
+    assert lines[0]["detections"] == []
+
+
+def test_ends_after_max_frames(film: Path, detector: FakeDetector):
+    result, lines = run(film, "--max-frames", "5")
+    assert (result.num_frames, len(lines), count_frames(film.parent / "out.mp4")) == (5, 5, 5)
+    assert result.broken is None
+
+
+def test_ctrl_c_leaves_whole_files(film: Path, detector: FakeDetector, capsys: pytest.CaptureFixture[str]):
+    def interrupt(call: int) -> None:
+        if call == 4:
+            raise KeyboardInterrupt
+
+    detector.on_call = interrupt
+    result, lines = run(film)
+    assert (result.num_frames, len(lines), count_frames(film.parent / "out.mp4")) == (4, 4, 4)
+    printed = capsys.readouterr()
+    assert "stopped by Ctrl-C" in printed.err
+    assert "4 frames in" in printed.out
+
+
+def test_broken_stream_leaves_whole_files(
+    film: Path, detector: FakeDetector, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    class Breaking:
+        def __init__(self, source: str) -> None:
+            self.capture, self.left = cv2.VideoCapture(source), 6
+            self.get, self.release = self.capture.get, self.capture.release
+
+        def read(self) -> tuple:
+            self.left -= 1
+            return self.capture.read() if self.left >= 0 else (False, None)
+
+    monkeypatch.setattr("detection.video._capture", Breaking)
+    result, lines = run(film)
+    monkeypatch.undo()
+    assert (result.num_frames, len(lines), count_frames(film.parent / "out.mp4")) == (6, 6, 6)
+    assert result.broken == "ended after 6 of 12 frames: the file is cut off or damaged"
+    assert "film.mp4 ended after 6 of 12 frames" in capsys.readouterr().out
+
+
+def test_lines_are_there_while_it_runs(film: Path, detector: FakeDetector):
+    lengths: list[int] = []
+    detector.on_call = lambda call: lengths.append(len((film.parent / "out.jsonl").read_text().splitlines()))
+    run(film)
+    assert lengths == list(range(12))
+
+
+def test_folder_of_pictures(tmp_path: Path, detector: FakeDetector, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, size in (("a.png", (96, 128)), ("b.png", (64, 64))):
+        cv2.imwrite(str(folder / name), np.full((*size, 3), (60, 90, 150), np.uint8))
+    (folder / "c.png").write_bytes(b"rotten")
+    result, lines = run(folder)
+    assert [(line["frame"], line["file"]) for line in lines] == [(0, "a.png"), (1, "b.png")]
+    with FrameReader(tmp_path / "out.mp4") as reader:
+        assert (reader.rate, reader.size, reader.num_frames) == (2.0, (96, 128), 2)
+    assert len(result.skipped) == 1
+    assert "left out: " in (printed := capsys.readouterr().out)
+    assert "c.png" in printed
+
+
+def test_window_ends_on_q(film: Path, detector: FakeDetector, monkeypatch: pytest.MonkeyPatch):
+    shown, closed = [], []
+    monkeypatch.setattr(demo_video, "_open_window", lambda: lambda: closed.append(True))
+    monkeypatch.setattr(cv2, "imshow", lambda name, image: shown.append(image))
+    monkeypatch.setattr(cv2, "waitKey", lambda delay: ord("q") if len(shown) == 3 else -1)
+    monkeypatch.setattr(cv2, "getWindowProperty", lambda name, what: 1.0)
+    result, lines = run(film, "--show")
+    assert (result.num_frames, len(lines), count_frames(film.parent / "out.mp4")) == (3, 3, 3)
+    assert closed == [True]
+    assert shown[0][90, 120, 0] < shown[0][90, 120, 2]  # BGR for OpenCV's window
+
+
+def test_passes_score_and_device_on(film: Path, monkeypatch: pytest.MonkeyPatch):
+    given = {}
+
+    def load(path: Path, device: str, score_threshold: float) -> FakeDetector:
+        given.update(path=path, device=device, score=score_threshold)
+        return FakeDetector()
+
+    monkeypatch.setattr(demo_video, "load_detector", load)
+    run(film)
+    assert given == {"path": Path("best.pt"), "device": "auto", "score": 0.4}
+    run(film, "--score", "0.7", "--device", "cpu")
+    assert given == {"path": Path("best.pt"), "device": "cpu", "score": 0.7}
+
+
+def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        demo_video.main(argv)
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    return printed
+
+
+def test_wrong_use_is_one_clear_line(film: Path, detector: FakeDetector, capsys: pytest.CaptureFixture[str]):
+    assert "nothing would come of it" in error_of(["best.pt", "--source", str(film)], capsys)
+    to = ["--json", str(film.parent / "a.jsonl")]
+    assert "--score 1.5: a score lies" in error_of(["best.pt", "--source", str(film), *to, "--score", "1.5"], capsys)
+    assert "--max-frames 0" in error_of(["best.pt", "--source", str(film), *to, "--max-frames", "0"], capsys)
+    assert "is the source itself" in error_of(["best.pt", "--source", str(film), "--out", str(film)], capsys)
+    assert "no such file or folder" in error_of(["best.pt", "--source", str(film) + "x", *to], capsys)
+    assert "camera 97 does not open" in error_of(["best.pt", "--source", "97", *to], capsys)
+    film.write_text("a text")
+    assert "film.mp4: not a video that OpenCV can read" in error_of(["best.pt", "--source", str(film), *to], capsys)
+    assert not (film.parent / "a.jsonl").exists()
+
+
+def test_missing_checkpoint_is_named(film: Path, capsys: pytest.CaptureFixture[str]):
+    argv = [str(film.parent / "none.pt"), "--source", str(film), "--json", str(film.parent / "a.jsonl")]
+    assert "none.pt" in error_of(argv, capsys)
+
+
+def test_show_without_a_screen(film: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setattr("sys.platform", "linux")
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    assert "--show needs a screen" in error_of(["best.pt", "--source", str(film), "--show"], capsys)
+
+
+def test_show_with_an_opencv_without_windows(film: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def no_window(*_: object) -> None:
+        raise cv2.error("The function is not implemented")
+
+    monkeypatch.setitem(os.environ, "DISPLAY", ":0")
+    monkeypatch.setattr(cv2, "namedWindow", no_window)
+    assert "needs an OpenCV with windows" in error_of(["best.pt", "--source", str(film), "--show"], capsys)
