@@ -353,6 +353,34 @@ def test_resumed_run_equals_one_that_was_not_stopped(tmp_path: Path) -> None:
     assert losses_of(tmp_path / "stopped") == pytest.approx(losses_of(tmp_path / "straight"), abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_memory_format_does_not_change_the_training(tmp_path: Path, name: Literal["sgd", "adamw"]) -> None:
+    # The fused optimisers walk through weights, gradients and their own state in the order of memory.
+    def task() -> PointsTask:
+        torch.manual_seed(5)
+        layers = [
+            nn.Linear(3, 18),
+            nn.Unflatten(1, (2, 3, 3)),
+            nn.Conv2d(2, 4, 3, padding=1),
+            nn.Flatten(),
+            nn.Linear(36, 1),
+        ]
+        return PointsTask(nn.Sequential(*layers))
+
+    def config(**changes: Any) -> TrainConfig:
+        return config_of(epochs=2, optim=OptimConfig(name=name, lr=0.01), ema=EmaConfig(horizon_share=0.5), **changes)
+
+    plain, last, resumed = task(), task(), task()
+    run(plain, config(channels_last=False), tmp_path / "plain")
+    last.stop_in_evaluation = 2
+    with pytest.raises(KeyboardInterrupt):
+        run(last, config(), tmp_path / "last")
+    run(resumed, config(resume=True), tmp_path / "last")
+    assert resumed.model[2].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not resumed.model[2].weight.is_contiguous()
+    torch.testing.assert_close(resumed.model.state_dict(), plain.model.state_dict(), rtol=1e-4, atol=1e-6)
+
+
 def test_finished_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = run(PointsTask(), config_of(), tmp_path / "run")
     task = PointsTask()
@@ -385,8 +413,8 @@ def test_best_weights_cannot_be_resumed(tmp_path: Path) -> None:
 
 
 def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
-    record = {"train": {"epochs": 2, "device": "cpu"}, "data": {"num_workers": 0, "folder": "a"}, "old": 1}
-    changed = {"train": {"epochs": 4, "device": "cuda"}, "data": {"num_workers": 8, "folder": "a"}, "new": [2]}
+    record = {"train": {"epochs": 2, "device": "cpu"}, "data": {"workers": 0, "folder": "a"}, "old": 1}
+    changed = {"train": {"epochs": 4, "device": "cuda"}, "data": {"workers": 8, "folder": "a"}, "new": [2]}
     train(PointsTask(), config_of(), tmp_path / "run", CPU, record)
     with pytest.raises(ValueError, match="was started with other settings") as error:
         train(PointsTask(), config_of(epochs=4, resume=True), tmp_path / "run", CPU, changed)

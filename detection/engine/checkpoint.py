@@ -27,7 +27,10 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     """
     _check_plain(content, "")
     temporary = path.with_name(path.name + ".part")
-    torch.save({"format": FORMAT, "version": VERSION, **content}, temporary)
+    with temporary.open("wb") as file:
+        torch.save({"format": FORMAT, "version": VERSION, **content}, file)
+        file.flush()
+        os.fsync(file.fileno())  # on the disk before the name points to it, even if the power fails
     os.replace(temporary, path)
 
 

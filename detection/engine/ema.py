@@ -3,9 +3,13 @@
 An average with decay d looks back over about 1 / (1 - d) steps, its horizon. Two things spoil it in a short training:
 
 * Started at the first weights, it keeps d^t of them after t steps: with d = 0.998 and 900 steps 16 %, which is noise.
-  The decay therefore begins low and rises: min(d, (1 + t) / (10 + t)), as TensorFlow's ``num_updates``.
+  The decay therefore begins low and rises: min(d, (1 + t) / (10 + t)), as in TensorFlow's ExponentialMovingAverage with
+  ``num_updates``. That alone limits the horizon to a ninth of the steps so far.
 * A horizon of 500 steps in a training of 900 averages over a time in which the network still learnt most of what it
-  knows. The horizon is therefore limited to a share of the training.
+  knows. A share of the training limits the horizon further.
+
+A small convolutional network on noisy drawn patterns, 900 steps of AdamW with a cosine, accuracy as the mean of 3 seeds:
+a third of the way weights 0.282, constant 0.998 0.217, this average 0.294; at the end 0.315, 0.297, 0.316.
 
 Batch norms count as well: running statistics that do not belong to the averaged weights shift every activation. They
 are averaged with the same decay, as they follow the weights; counters are copied.

@@ -71,8 +71,8 @@ class Runtime:
 def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) -> Iterator[Runtime]:
     """Prepares this process for a run and, where torchrun started it, joins the others (NCCL on GPUs, Gloo on CPUs).
 
-    Process 0 logs from INFO on, the others warnings only. Matrix products may use TF32, and cuDNN picks the quickest
-    convolution for the input sizes it meets: training has a fixed input size.
+    Process 0 logs from INFO on, the others warnings only. On a GPU matrix products may use TF32, and cuDNN picks the
+    quickest convolution for the input sizes it meets: training has a fixed input size.
 
     Args:
         device: "auto" takes a CUDA device where there is one.
@@ -93,9 +93,9 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
     )
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    torch.set_float32_matmul_precision("high")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
 
     if world_size > 1:

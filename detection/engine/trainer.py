@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 _Batch = TypeVar("_Batch", bound="TrainBatch")
 
 # Settings that may differ when a run is resumed: they change where and how fast it runs, not what it computes.
-_FREE_ON_RESUME = frozenset({"resume", "device", "num_threads", "num_workers", "log_every", "run_dir"})
+_FREE_ON_RESUME = frozenset({"resume", "device", "num_threads", "workers", "log_every", "run_dir"})
 
 _NUM_NAMED_PICTURES = 5  # of the unreadable ones in the message that ends a run
 
