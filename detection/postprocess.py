@@ -88,27 +88,29 @@ class Postprocess:
         labels = pairs % K
         encodings = raw.box_encodings.float().gather(1, anchors[..., None].expand(-1, -1, 4))
         boxes = self.box_coder.decode(encodings, raw.anchors[anchors])  # [B, N, 4], pixels of the input
-        boxes = to_picture(boxes, placements.to(boxes), original_sizes.to(boxes))
-        keep = (scores > self.config.score_threshold) & (boxes[..., 2:] > boxes[..., :2]).all(-1)
-        return [self._suppress(*picture) for picture in zip(boxes, scores, labels, keep, strict=True)]
+        boxes = to_picture(boxes, placements.to(boxes))
+        limits = original_sizes.to(boxes).flip(-1).repeat(1, 2)  # [B, 4]: width, height, width, height
+        keep = scores > self.config.score_threshold
+        return [self._suppress(*picture) for picture in zip(boxes, scores, labels, keep, limits, strict=True)]
 
-    def _suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor, keep: Tensor) -> Detections:
+    def _suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor, keep: Tensor, limits: Tensor) -> Detections:
         boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
         # Boxes of different classes never meet when each class is moved to a place of its own.
-        span = boxes.max() + 1 if len(boxes) else 1
+        span = (boxes.max() - boxes.min() + 1) if len(boxes) else 1
         best = nms(boxes + (labels * span)[:, None], scores, self.config.nms_threshold)[: self.config.max_detections]
-        return Detections(boxes=boxes[best], scores=scores[best], labels=labels[best], class_names=self.class_names)
+        # Clipped last, as TensorFlow does: two boxes that stick out of the picture differ more than what is left of them.
+        boxes = boxes[best].clamp(min=0).minimum(limits)
+        visible = (boxes[:, 2:] > boxes[:, :2]).all(-1)
+        best = best[visible]
+        return Detections(boxes=boxes[visible], scores=scores[best], labels=labels[best], class_names=self.class_names)
 
 
-def to_picture(boxes: Tensor, placements: Tensor, original_sizes: Tensor) -> Tensor:
-    """Boxes in pixels of the network's input -> pixels of the picture on disk, clipped to it.
+def to_picture(boxes: Tensor, placements: Tensor) -> Tensor:
+    """Boxes in pixels of the network's input -> pixels of the picture on disk, not clipped to it.
 
     Args:
         boxes: xyxy [B, N, 4].
         placements: [B, 4] (scale_x, scale_y, offset_x, offset_y).
-        original_sizes: [B, 2] (height, width).
     """
-    scale, offset = placements[:, None, :2], placements[:, None, 2:]
-    corners = (boxes.unflatten(-1, (2, 2)) - offset[..., None, :]) / scale[..., None, :]
-    limit = original_sizes.flip(-1)[:, None, None, :]
-    return torch.minimum(corners.clamp(min=0), limit).flatten(-2)
+    scale, offset = placements[:, None, :2].repeat(1, 1, 2), placements[:, None, 2:].repeat(1, 1, 2)
+    return (boxes - offset) / scale

@@ -62,11 +62,24 @@ def test_sigmoid_scores_with_and_without_a_background_column() -> None:
 
 def test_boxes_come_back_to_the_picture_by_hand() -> None:
     # A picture 200 wide and 100 high, letterboxed into 320 x 320: scale 1.6, 80 pixels above it.
-    # (80, 80)-(160, 240) in the input is (50, 0)-(100, 100) in the picture; what sticks out is cut off.
-    boxes = torch.tensor([[[80.0, 80, 160, 240], [-16, 0, 400, 400]]])
+    # (80, 80)-(160, 240) in the input is (50, 0)-(100, 100) in the picture; what sticks out is cut off by the whole road.
+    anchors = torch.tensor([[80.0, 80, 160, 240], [-16, 0, 400, 400]])
     placements = torch.tensor([[1.6, 1.6, 0.0, 80.0]])
-    back = to_picture(boxes, placements, torch.tensor([[100, 200]]).float())
-    assert back.tolist() == [[[50, 0, 100, 100], [0, 0, 200, 100]]]
+    assert to_picture(anchors[None], placements).tolist() == [[[50, 0, 100, 100], [-10, -50, 250, 200]]]
+    raw = RawPredictions(torch.zeros(1, 2, 4), softmax_logits((0.8, 0.05), (0.7, 0.05)), anchors)
+    (found,) = Postprocess(PostprocessConfig(score_threshold=0.1), BoxCoder(), "softmax", True)(
+        raw, placements, torch.tensor([[100, 200]])
+    )
+    assert found.boxes.tolist() == [[50, 0, 100, 100], [0, 0, 200, 100]]
+
+
+def test_suppression_comes_before_clipping() -> None:
+    # Inside the picture both are the same 10 x 10; whole, they share 100 of 400 + 100.
+    anchors = torch.tensor([[0.0, 0, 10, 10], [-10, -10, 10, 10]])
+    found = run(
+        PostprocessConfig(score_threshold=0.1, nms_threshold=0.5), softmax_logits((0.8, 0.05), (0.7, 0.05)), anchors
+    )
+    assert found == [([0, 0, 10, 10], 0.8, 0), ([0, 0, 10, 10], 0.7, 0)]
 
 
 def test_a_box_outside_of_its_picture_is_dropped() -> None:

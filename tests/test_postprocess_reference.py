@@ -1,6 +1,6 @@
 """One-pass post-processing against an exhaustive loop over classes. Run: pytest tests/test_postprocess_reference.py
 
-The loop sees every (anchor, class) pair: for each class alone it takes all anchors above the threshold, clips, suppresses
+The loop sees every (anchor, class) pair: for each class alone it takes all anchors above the threshold, suppresses, clips
 and keeps the best. Post-processing sees the best 1,000 pairs of a picture. The two must agree in AP.
 """
 
@@ -53,13 +53,13 @@ def exhaustive(
     for encodings, of_picture, size in zip(raw.box_encodings, scores, sizes, strict=True):
         scale = size.flip(-1).repeat(2).double().numpy() / side
         all_boxes = BoxCoder().decode(encodings, raw.anchors).double().numpy() * scale
-        all_boxes = np.clip(all_boxes, 0, size.flip(-1).repeat(2).numpy())
+        clipped = np.clip(all_boxes, 0, size.flip(-1).repeat(2).numpy())
         rows = []
         for label, of_class in enumerate(of_picture.T.double().numpy()):
-            usable = (of_class > config.score_threshold) & (all_boxes[:, 2:] > all_boxes[:, :2]).all(1)
-            boxes, kept_scores = all_boxes[usable], of_class[usable]
-            kept = greedy_nms(boxes, kept_scores, config.nms_threshold, limit)
-            rows += [(*boxes[i], kept_scores[i], label) for i in kept]
+            usable = np.flatnonzero(of_class > config.score_threshold)
+            kept = usable[greedy_nms(all_boxes[usable], of_class[usable], config.nms_threshold, limit)]
+            kept = kept[(clipped[kept, 2:] > clipped[kept, :2]).all(1)]
+            rows += [(*clipped[i], of_class[i], label) for i in kept]
         table = torch.tensor(sorted(rows, key=lambda row: -row[4])).reshape(-1, 6)
         found.append(Detections(boxes=table[:, :4].float(), scores=table[:, 4].float(), labels=table[:, 5].long()))
     return found
