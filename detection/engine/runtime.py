@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
-_Result = TypeVar("_Result")
+_Main = TypeVar("_Main", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +145,7 @@ def seed_everything(seed: int, *, epoch: int = 0, rank: int = 0) -> None:
     random.seed(numpy_seed)
 
 
-def main_errors(main: Callable[[Sequence[str] | None], _Result]) -> Callable[[Sequence[str] | None], _Result]:
+def main_errors(main: _Main) -> _Main:
     """Decorates a tool's ``main(argv)``: a user's mistake ends in one clear line, a mistake of ours in a traceback.
 
     ``ValueError``, ``OSError`` and ``FloatingPointError`` (a training that diverged) become "error: ..." on stderr and
@@ -154,7 +154,7 @@ def main_errors(main: Callable[[Sequence[str] | None], _Result]) -> Callable[[Se
     """
 
     @functools.wraps(main)
-    def run(argv: Sequence[str] | None = None) -> _Result:
+    def run(argv: Sequence[str] | None = None) -> Any:
         if os.environ.get("LITEDET_TRACEBACK") == "1":
             return main(argv)
         try:
@@ -169,4 +169,4 @@ def main_errors(main: Callable[[Sequence[str] | None], _Result]) -> Callable[[Se
             )
             raise SystemExit(130) from error
 
-    return run
+    return cast(_Main, run)
