@@ -1,0 +1,161 @@
+"""tools/train_det.py from drawn pictures to a detector in use. Run: pytest tests/test_train_det.py"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from detection import load_detector
+from detection.data.synthetic import DetectionSet, draw_detection_set
+from detection.engine.trainer import TrainResult
+from detection.weights import read_detector
+from tools.eval_det import main as eval_det
+from tools.train_det import main as train_det
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> DetectionSet:
+    return draw_detection_set(tmp_path_factory.mktemp("drawn"), 24, 8, (128, 128), 0)
+
+
+def command(drawn: DetectionSet, run_dir: Path, *more: str) -> list[str]:
+    return [
+        f"{ROOT}/configs/finetune.py:detector",
+        *("--data.train.annotations", str(drawn.train_annotations), "--data.train.images", str(drawn.train_images)),
+        *("--data.val.annotations", str(drawn.val_annotations), "--data.val.images", str(drawn.val_images)),
+        *("--run-dir", str(run_dir), "--data.workers", "0", "--model.backbone.width", "0.35"),
+        *("--model.input-size", "128", "128", "--train.batch-size", "8", "--train.device", "cpu"),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(drawn: DetectionSet, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    return train_det(command(drawn, tmp_path_factory.mktemp("run") / "first", "--train.epochs", "2"))
+
+
+def test_what_a_run_leaves(trained: TrainResult, drawn: DetectionSet) -> None:
+    run_dir = trained.best_path.parent
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert json.loads((run_dir / "config.json").read_text())["model"]["input_size"] == [128, 128]
+    assert list((run_dir / "tensorboard").glob("events*"))
+    model, info = read_detector(trained.best_path)
+    categories = json.loads(drawn.train_annotations.read_text())["categories"]
+    assert info.class_names == tuple(category["name"] for category in categories)
+    assert info.category_ids == tuple(category["id"] for category in categories)
+    assert model.num_classes == len(categories)
+
+
+def test_evaluation_of_the_checkpoint_gives_the_figure_of_the_training(
+    trained: TrainResult, drawn: DetectionSet, tmp_path: Path
+) -> None:
+    out = tmp_path / "figures.json"
+    figures = eval_det(
+        [
+            str(trained.best_path),
+            *("--annotations", str(drawn.val_annotations), "--images", str(drawn.val_images), "--json", str(out)),
+        ]
+    ).figures
+    assert figures["AP"] == pytest.approx(trained.best_metric, abs=1e-3)
+    assert json.loads(out.read_text())["AP50"] == pytest.approx(figures["AP50"])
+
+
+def test_three_lines_with_the_checkpoint(trained: TrainResult, drawn: DetectionSet) -> None:
+    picture = next(iter(sorted(drawn.val_images.glob("*.jpg"))))
+    found = load_detector(trained.best_path, device="cpu", score_threshold=0.0)(picture)
+    assert len(found) > 0
+    assert set(found.names()) <= set(read_detector(trained.best_path)[1].class_names)
+
+
+def test_a_checkpoint_of_other_classes_is_taken_up(
+    trained: TrainResult,
+    drawn: DetectionSet,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    data = json.loads(drawn.train_annotations.read_text())
+    kept = data["categories"][0]["id"]
+    data["categories"] = data["categories"][:1]
+    data["annotations"] = [a for a in data["annotations"] if a["category_id"] == kept]
+    one_class = tmp_path / "one.json"
+    one_class.write_text(json.dumps(data))
+    more = ("--train.epochs", "1", "--weights", str(trained.best_path), "--data.train.annotations", str(one_class))
+    with caplog.at_level("INFO"):
+        train_det([*command(drawn, tmp_path / "run", *more), "--data.val.annotations", str(one_class),
+                   "--data.val.images", str(drawn.train_images)])  # fmt: skip
+    assert "the layers that predict classes are new" in caplog.text + capfd.readouterr().out
+    assert read_detector(tmp_path / "run" / "best.pt")[0].num_classes == 1
+
+
+def expect_error(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train_det(argv)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert message in said
+
+
+def test_mistakes_end_in_one_clear_line(
+    drawn: DetectionSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    recipe = f"{ROOT}/configs/finetune.py:detector"
+    expect_error([recipe], "no --data.train.annotations given", capsys)
+    expect_error(command(drawn, run, "--weights", "nowhere.pt"), "nowhere.pt does not exist", capsys)
+    expect_error(command(drawn, run, "--data.train.annotations", "nowhere.json"), "nowhere.json", capsys)
+    expect_error(command(drawn, run, "--data.train.images", str(tmp_path / "empty")), str(tmp_path / "empty"), capsys)
+    expect_error(
+        command(drawn, run, "--train.batch-size", "100"), "batch size 100 is larger than the 24 pictures", capsys
+    )
+    expect_error([f"{ROOT}/configs/imagenet.py:mobilenetv2"], "needs a DetectionConfig", capsys)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expect_error([*command(drawn, run), "--train.device", "cuda"], "'cuda' was asked for", capsys)
+    assert not run.exists()
+
+
+def test_a_run_folder_is_not_written_over(
+    trained: TrainResult, drawn: DetectionSet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = trained.last_path.read_bytes()
+    expect_error(command(drawn, trained.last_path.parent, "--train.epochs", "2"), "--train.resume", capsys)
+    assert trained.last_path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_two_processes_by_torchrun(drawn: DetectionSet, tmp_path: Path) -> None:
+    argv = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--standalone",
+        f"{ROOT}/tools/train_det.py",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*argv, *command(drawn, tmp_path / "run", "--train.epochs", "1")],
+        capture_output=True, text=True, env=environment, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = eval_det(
+        [
+            str(tmp_path / "run" / "best.pt"),
+            "--annotations",
+            str(drawn.val_annotations),
+            "--images",
+            str(drawn.val_images),
+        ]
+    ).figures
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 1  # one process writes
+    assert figures["AP"] == pytest.approx(lines[0]["AP"] if "AP" in lines[0] else lines[0]["metrics"]["AP"], abs=1e-3)
