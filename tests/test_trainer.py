@@ -458,6 +458,13 @@ def test_learning_rate_scales_reach_the_optimiser(tmp_path: Path) -> None:
     assert not torch.equal(after["1.weight"], before["1.weight"])
 
 
+def test_weights_outside_of_the_model_are_refused(tmp_path: Path) -> None:
+    task = PointsTask()
+    task.step.scale = nn.Parameter(torch.ones(()))
+    with pytest.raises(AssertionError, match="has weights outside of the model"):
+        run(task, config_of(), tmp_path / "run")
+
+
 class CountHostReads(TorchDispatchMode):
     """Counts what makes the host wait for the device: single values read, and shapes that depend on values."""
 

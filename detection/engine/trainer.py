@@ -225,6 +225,9 @@ def train(
     step_module = _place_step(task.step, config, runtime)
     groups = parameter_groups(model, config.optim, task.lr_scales)
     parameters = [parameter for group in groups for parameter in group["params"]]
+    assert {id(p) for p in parameters} == {id(p) for p in task.step.parameters() if p.requires_grad}, (
+        "the training step has weights outside of the model: they would be neither trained nor saved"
+    )
     optimizer = build_optimizer(groups, config.optim)
     schedule = build_schedule(optimizer, config.optim, num_steps)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -300,7 +303,7 @@ def train(
 
             _check_weights(parameters, epoch, step)
             _note_skipped(skipped, runtime.union_over_processes(skipped), config.max_skipped_share, task.num_train)
-            runtime.average_buffers(model)
+            runtime.average_buffers(model)  # DDP sends process 0's before a step; after the last one they differ
             if ema:
                 runtime.average_buffers(ema.model)
 
@@ -346,7 +349,7 @@ def train(
                 seconds=time.perf_counter() - epoch_start,
             )
 
-    if skipped:
+    if skipped and runtime.is_main:
         _log.warning("%d unreadable training pictures were skipped; they are named above", len(skipped))
     return TrainResult(
         metrics=metrics,
@@ -411,11 +414,7 @@ def _place_step(step: nn.Module, config: TrainConfig, runtime: Runtime) -> nn.Mo
         step.to(memory_format=torch.channels_last)
     if runtime.world_size == 1:
         return step
-    # Running statistics are averaged once per epoch: better than process 0's alone, and cheaper than sending those
-    # before every step.
-    return DistributedDataParallel(
-        step, device_ids=[runtime.device] if runtime.device.type == "cuda" else None, broadcast_buffers=False
-    )
+    return DistributedDataParallel(step, device_ids=[runtime.device] if runtime.device.type == "cuda" else None)
 
 
 def _set_epoch(loader: TrainLoader, epoch: int) -> None:
