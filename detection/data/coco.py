@@ -19,7 +19,8 @@ import os
 import re
 import tempfile
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, repeat
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -273,13 +274,13 @@ def _build(path: Path) -> CocoIndex:
             "both are needed, in pixels of the picture on disk"
         )
 
-    position = _lookup(image_ids, _array(annotations, "image_id", np.int64))
+    position = _positions(annotations, "image_id", image_ids)
     for record in np.flatnonzero(position < 0)[:1]:
         annotation = annotations[record]
         raise ValueError(
             f"{path}: annotation {annotation.id} names image_id {annotation.image_id}, which `images` has not"
         )
-    labels = _lookup(category_ids, _array(annotations, "category_id", np.int64))
+    labels = _positions(annotations, "category_id", category_ids)
     for record in np.flatnonzero(labels < 0)[:1]:
         annotation = annotations[record]
         raise ValueError(
@@ -303,7 +304,7 @@ def _build(path: Path) -> CocoIndex:
         name_bytes=np.frombuffer(b"".join(names), np.uint8),
         name_offsets=np.cumsum([0, *map(len, names)], dtype=np.int64),
         sizes=sizes,
-        offsets=np.searchsorted(position, np.arange(len(images) + 1)).astype(np.int64),
+        offsets=np.concatenate([[0], np.bincount(position, minlength=len(images)).cumsum()]),
         xywh=xywh,
         labels=labels,
         areas=areas,
@@ -347,16 +348,13 @@ def _explain(error: str, data: bytes) -> str:
 
 
 def _array(records: list[Any], name: str, dtype: type) -> NDArray[Any]:
-    return np.fromiter((getattr(record, name) for record in records), dtype, len(records))
+    return np.fromiter(map(attrgetter(name), records), dtype, len(records))
 
 
-def _lookup(ids: NDArray[np.int64], wanted: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The place in ``ids`` of each wanted id, -1 where it is not there."""
-    if not len(ids):
-        return np.full(len(wanted), -1, np.int64)
-    order = np.argsort(ids, kind="stable")
-    places = order[np.searchsorted(ids, wanted, sorter=order).clip(max=len(ids) - 1)]
-    return np.where(ids[places] == wanted, places, -1)
+def _positions(records: list[_Annotation], name: str, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place in ``ids`` that each record names, -1 where it is not there."""
+    place = {number: position for position, number in enumerate(ids.tolist())}
+    return np.fromiter(map(place.get, map(attrgetter(name), records), repeat(-1)), np.int64, len(records))
 
 
 def _refuse_duplicates(path: Path, what: str, values: NDArray[Any]) -> None:

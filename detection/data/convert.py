@@ -146,7 +146,10 @@ def convert_voc(
         stated = tuple(_number(root.findtext(f"size/{side}")) or 0 for side in ("width", "height"))
         size = stated if stated in (raw_size, turned_size) else raw_size
         if size != stated and all(stated):
-            report.note("picture size taken from the picture", f"{xml_path}: states {stated}, the picture has {size}")
+            report.note(
+                "picture size taken from the picture",
+                f"{xml_path}: states {_plain(stated)}, the picture has {_plain(size)}",
+            )
         image_id = writer.add_image(picture, size)
         for number, item in enumerate(root.findall("object"), 1):
             where = f"{xml_path}: object {number}"
