@@ -192,4 +192,4 @@ def _show(image: NDArray[np.uint8]) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""The commands a user types; each has a main(argv)."""

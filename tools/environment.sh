@@ -1,0 +1,52 @@
+# The Python environment of the project, in .venv beside setup.cfg. Sourced by quickstart.sh and run_tests.sh.
+#
+#   prepare_environment        what the project needs
+#   prepare_environment dev    and what its checks need
+#
+# A second call takes no time: .venv/installed* hold the checksum of the files that say what to install.
+# PYTHON=/path/to/python3.12 chooses another interpreter for making it.
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+# Prints the first Python that is new enough.
+find_python() {
+    local candidate found="" new_enough='import sys; sys.exit(sys.version_info < (3, 10))'
+    for candidate in ${PYTHON:-python3 python3.14 python3.13 python3.12 python3.11 python3.10 python}; do
+        command -v "$candidate" >/dev/null 2>&1 || continue
+        if "$candidate" -c "$new_enough" 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+        found="$found $candidate is $("$candidate" -c 'import platform; print(platform.python_version())' 2>/dev/null || echo broken);"
+    done
+    fail "LiteDet needs Python 3.10 or newer;${found:- there is no ${PYTHON:-python3};} install one, or name one: PYTHON=/path/to/python3.11 bash $0"
+}
+
+prepare_environment() {
+    local extra="${1:-}" python wanted
+    if ! { .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' && .venv/bin/python -m pip --version; } >/dev/null 2>&1; then
+        python="$(find_python)" || exit 1
+        "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+            fail "$("$python" -V) has no venv module; install it (Debian, Ubuntu: apt install $("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'))"
+        [ ! -e .venv ] || echo "The environment in .venv is not whole; making it again"
+        # --clear empties a half-made one.
+        "$python" -m venv --clear .venv || fail "the environment could not be made in $PWD/.venv"
+    fi
+    # Their text decides, and the folder: an editable install points to it.
+    wanted="$(.venv/bin/python - <<'PYTHON'
+import hashlib, os, pathlib
+text = b"".join(pathlib.Path(name).read_bytes() for name in ("setup.cfg", "pyproject.toml"))
+print(hashlib.sha256(text + os.getcwd().encode()).hexdigest())
+PYTHON
+    )" || fail "setup.cfg and pyproject.toml cannot be read in $PWD"
+    if [ "$(cat ".venv/installed${extra:+-$extra}" 2>/dev/null)" != "$wanted" ] &&
+        [ "$(cat .venv/installed-dev 2>/dev/null)" != "$wanted" ]; then # dev holds the rest too
+        echo "Installing into .venv (the first time: some minutes, and some GB where torch comes with CUDA)"
+        .venv/bin/python -m pip install --disable-pip-version-check --quiet -e ".${extra:+[$extra]}" ||
+            fail "the installation failed (see above); the next start goes on with it"
+        echo "$wanted" >".venv/installed${extra:+-$extra}"
+    fi
+}
