@@ -275,11 +275,16 @@ def _paint(image: NDArray[np.float32], mask: _Mask, drawn: _Object) -> None:
     window += mask.cover[..., None] * (drawn.colour + texture[..., None] - window)
 
 
-def _finish(rng: np.random.Generator, image: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """The camera: sometimes a soft lens, always some grain, then uint8."""
+def _softness(rng: np.random.Generator) -> float:
+    """Of a lens, as the standard deviation of its blur in pixels; 0 for a sharp one, which most are."""
+    return rng.uniform(0.4, 0.9) if rng.random() < 0.25 else 0.0
+
+
+def _finish(rng: np.random.Generator, image: NDArray[np.float32], softness: float) -> NDArray[np.uint8]:
+    """The camera: its lens, some grain, then uint8."""
     height, width = image.shape[:2]
-    if rng.random() < 0.25:
-        image = np.asarray(cv2.GaussianBlur(image, (3, 3), rng.uniform(0.4, 0.9)), np.float32)
+    if softness:
+        image = np.asarray(cv2.GaussianBlur(image, (3, 3), softness), np.float32)
     grain = _noise(_noise_corner(rng, height, width), height, width) * np.float32(rng.uniform(1, 6))
     return np.asarray(cv2.add(image, cv2.merge([grain, grain, grain]), dtype=cv2.CV_8U), np.uint8)
 
@@ -348,7 +353,7 @@ def draw_picture(rng: np.random.Generator, size: tuple[int, int], max_objects: i
         _paint(image, mask, drawn)
     boxes = np.array([mask.box() for _, mask in pairs], np.float32).reshape(-1, 4)
     labels = np.array([drawn.label for drawn, _ in pairs], np.int64)
-    return DrawnPicture(_finish(rng, image), boxes, labels)
+    return DrawnPicture(_finish(rng, image, _softness(rng)), boxes, labels)
 
 
 def draw_crop(rng: np.random.Generator, label: int, size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -372,7 +377,7 @@ def draw_crop(rng: np.random.Generator, label: int, size: tuple[int, int]) -> ND
     for one in drawn:
         if (mask := _mask(one, size)) is not None:
             _paint(image, mask, one)
-    return _finish(rng, image)
+    return _finish(rng, image, _softness(rng))
 
 
 def draw_moving_pictures(
@@ -384,6 +389,7 @@ def draw_moving_pictures(
     """
     rng = np.random.default_rng((seed, _FILM))
     background = _background(rng, size)
+    softness = _softness(rng)  # one camera for the whole film
     limits = np.array([size[1], size[0]], np.float64)
     objects, speeds, turns = [], [], []
     for number in range(num_objects):
@@ -403,7 +409,7 @@ def draw_moving_pictures(
         seen = [pair for pair, share in zip(pairs, visible, strict=True) if share >= 1 - HIDDEN_AT_MOST]
         boxes = np.array([mask.box() for _, mask in seen], np.float32).reshape(-1, 4)
         labels = np.array([drawn.label for drawn, _ in seen], np.int64)
-        yield DrawnPicture(_finish(rng, image), boxes, labels)
+        yield DrawnPicture(_finish(rng, image, softness), boxes, labels)
         for drawn, speed, turn in zip(objects, speeds, turns, strict=True):
             place, half = np.array([drawn.x, drawn.y]) + speed, drawn.side / 2
             speed[place < half] = np.abs(speed[place < half])
