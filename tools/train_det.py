@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from detection.config import DetectionConfig, load_config
-from detection.engine.runtime import main_errors, open_runtime
+from detection.engine.runtime import main_errors, open_runtime, seed_everything
 from detection.engine.trainer import TrainResult, train
 from detection.plain import to_plain
 from detection.training import DetectionTask
@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
         raise ValueError(f"this recipe gives a {type(config).__name__}; tools/train_det.py needs a DetectionConfig")
     config.validate()
     with open_runtime(config.train.device, config.train.num_threads) as runtime:
+        seed_everything(config.train.seed)  # the first weights of new layers
         task = DetectionTask(config, runtime)
         result = train(task, config.train, config.run_dir, runtime, to_plain(config))
     if runtime.is_main:
