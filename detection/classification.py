@@ -82,6 +82,12 @@ class ClassificationConfig:
             )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it can be 0 up to, but not including, 1")
+        frozen = self.model.backbone.frozen_stages
+        if frozen and self.weights is None:
+            raise ValueError(
+                f"model.backbone.frozen_stages is {frozen} and there are no weights to start from: random layers would "
+                "stay random; give --weights, or --model.backbone.frozen-stages 0"
+            )
         if self.backbone_lr_scale <= 0:
             raise ValueError(
                 f"backbone_lr_scale must be positive, got {self.backbone_lr_scale}; model.backbone.frozen-stages freezes"

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECIPE = f"{ROOT}/configs/finetune.py:classifier"
 SMALL = [
     "--model.backbone.width", "0.35", "--transform.size", "32", "--transform.eval-size", "32", "--data.workers", "0",
-    "--train.epochs", "2", "--train.batch-size", "8", "--train.device", "cpu",
+    "--train.epochs", "2", "--train.batch-size", "8", "--train.device", "cpu", "--model.backbone.frozen-stages", "0",
 ]  # fmt: skip
 
 
@@ -119,6 +119,8 @@ def test_mistakes_end_in_one_clear_line(
         arguments(folders, run, "--backbone-lr-scale", "0"), capsys
     )
     assert "data.workers must be" in run_and_fail(arguments(folders, run, "--data.workers", "-1"), capsys)
+    unfed = run_and_fail([RECIPE, *SMALL, "--model.backbone.frozen-stages", "3"], capsys)
+    assert "frozen_stages is 3 and there are no weights to start from" in unfed
     detector = f"{ROOT}/configs/finetune.py:detector"
     assert "gives a DetectionConfig; tools/train_cls.py needs" in run_and_fail([detector], capsys)
     assert not run.exists()
@@ -169,6 +171,6 @@ def test_real_pictures_and_weights_go_through(tmp_path: Path) -> None:
     data = SHARED / "data" / "clothing_cc0"
     weights = SHARED / "weights" / "mobilenet_v2_torchvision_layout.pt"
     more = ["--weights", str(weights), "--model.backbone.width", "1.0", "--train.epochs", "1", "--train.batch-size", "32",
-            "--transform.size", "64", "--transform.eval-size", "96"]  # fmt: skip
+            "--transform.size", "64", "--transform.eval-size", "96", "--model.backbone.frozen-stages", "3"]  # fmt: skip
     result = main(arguments((data / "train", data / "test"), tmp_path / "run", *more))
     assert result.metrics["top1"] > 0.35, "chance is 0.1"
