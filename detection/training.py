@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from detection.config import DetectionConfig
 from detection.data.augment import EvalTransform, TrainTransform
+from detection.data.check import describe
 from detection.data.coco import CocoIndex
 from detection.data.loader import DetectionDataset, build_loader
 from detection.engine.runtime import Runtime
@@ -56,6 +57,7 @@ class DetectionTask:
         self.train_index = CocoIndex.read(train_file).require_objects()
         names = self.train_index.class_names
         self.val_index = CocoIndex.read(val_file).with_categories(self.train_index.category_ids, names)
+        _log.info("%s", describe(self.train_index, config.model.input_size))
         self.model = Detector(config.model, len(names))
         if config.weights is not None:
             _log.info("%s", start_from(self.model, config.weights, names))
