@@ -97,4 +97,4 @@ class SSDLiteHead(nn.Module):
 
 def _per_anchor(x: Tensor, columns: int) -> Tensor:
     """[B, n * columns, H, W] -> [B, H * W * n, columns]. In channels-last memory this moves nothing."""
-    return x.permute(0, 2, 3, 1).reshape(len(x), -1, columns)
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, columns)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from backbones.layers import ConvNormAct
+from detection.backends import Backend, build_network
 from detection.engine.runtime import DeviceChoice, choose_device
 from detection.model import Detector
 from detection.preprocess import place
@@ -34,17 +35,19 @@ class Predictor:
         model: the network; batch norms are folded into the convolutions, so it can no longer be trained.
         info: what travels with its weights.
         device: where to compute.
+        backend: what runs the network, see ``detection.backends``.
 
     Attributes:
         class_names: name of each label.
         info: as given.
     """
 
-    def __init__(self, model: Detector, info: DetectorInfo, device: torch.device) -> None:
+    def __init__(self, model: Detector, info: DetectorInfo, device: torch.device, backend: Backend = "torch") -> None:
         self.info = info
         self.class_names = info.class_names
         self.device = device
         self.model = fold_norms(model.eval()).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = build_network(self.model, backend, device)
         self.postprocess = model.postprocess(info.postprocess, info.class_names)
 
     @overload
@@ -74,7 +77,7 @@ class Predictor:
         placements = torch.tensor([placement for _, placement in placed])
         sizes = torch.tensor([array.shape[:2] for array in arrays])
         with torch.inference_mode():
-            raw = self.model(pixels.to(self.device, non_blocking=True))
+            raw = self.network(pixels.to(self.device, non_blocking=True))
             return [found.cpu() for found in self.postprocess(raw, placements.to(self.device), sizes.to(self.device))]
 
 
@@ -85,6 +88,7 @@ def load_detector(
     score_threshold: float = 0.25,
     nms_threshold: float | None = None,
     input_size: tuple[int, int] | None = None,
+    backend: Backend = "torch",
 ) -> Predictor:
     """The detector of a file, ready to use.
 
@@ -94,16 +98,19 @@ def load_detector(
         score_threshold: detections below it are dropped.
         nms_threshold: None takes the one in the file.
         input_size: (height, width) of the network's input; None takes the one it was trained at.
+        backend: what runs the network. "torch" needs nothing; "compile" is quicker after a first call of a minute;
+            "onnxruntime" and "openvino" are quicker still on a CPU and need ``pip install 'litedet[export]'``.
 
     Raises:
-        FileNotFoundError, ValueError: see ``read_detector``; CUDA asked for where there is none.
+        FileNotFoundError, ValueError: see ``read_detector``; CUDA asked for where there is none; a backend whose package is
+            not installed.
     """
     chosen = choose_device(device)
     model, info = read_detector(path, input_size)
     postprocess = replace(info.postprocess, score_threshold=score_threshold)
     if nms_threshold is not None:
         postprocess.nms_threshold = nms_threshold
-    return Predictor(model, replace(info, postprocess=postprocess), chosen)
+    return Predictor(model, replace(info, postprocess=postprocess), chosen, backend)
 
 
 def fold_norms(model: Detector) -> Detector:

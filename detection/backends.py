@@ -1,0 +1,130 @@
+"""What runs a detector's network when it predicts: torch, torch.compile, ONNX Runtime or OpenVINO.
+
+All of them take the same pictures and say the same to 1e-4; post-processing is ours with each. ONNX Runtime and OpenVINO
+are extra packages (``pip install litedet[export]``) and are imported when they are asked for.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from detection.model import Detector
+from detection.structures import RawPredictions
+
+Backend = Literal["torch", "compile", "onnxruntime", "openvino"]
+Network = Callable[[Tensor], RawPredictions]
+"""uint8 [B, 3, H, W], RGB -> raw predictions, on the device of the pictures."""
+
+
+def build_network(model: Detector, backend: Backend, device: torch.device) -> Network:
+    """What computes a detector's raw predictions.
+
+    Args:
+        model: in evaluation mode, on ``device``; best with its batch norms folded.
+        backend: "torch" runs it as it is. "compile" compiles it at the first call, which takes a minute or so.
+            "onnxruntime" and "openvino" run on CPUs, with as many threads as torch has at this moment.
+        device: where the pictures will be.
+
+    Raises:
+        ValueError: a package that is not installed, a backend that does not run on the device.
+    """
+    if backend == "torch":
+        return model
+    if backend == "compile":
+        compiled: Network = torch.compile(model)
+        return compiled
+    if device.type != "cpu":
+        raise ValueError(f"backend {backend} runs on the CPU here, the device is {device}; take 'torch' or 'compile'")
+    make = {"onnxruntime": _onnxruntime, "openvino": _openvino}[backend]
+    try:
+        run = make(to_onnx(model), torch.get_num_threads())
+    except ImportError as error:
+        raise ValueError(
+            f"backend {backend} needs the package {error.name}, which is not installed; pip install 'litedet[export]'"
+        ) from error
+    anchors = model.anchors
+
+    def predict(images: Tensor) -> RawPredictions:
+        return RawPredictions(*run(images), anchors)
+
+    return predict
+
+
+def to_onnx(model: Detector) -> bytes:
+    """The network as an ONNX file: what ``Detector.forward`` computes, the normalisation included.
+
+    Input ``images``: uint8 [B, 3, H, W], RGB, H and W those of the config. Outputs ``box_encodings`` [B, A, 4] and
+    ``class_logits`` [B, A, C], float32. B is free.
+
+    Raises:
+        ImportError: torch's exporter needs the packages onnx and onnxscript.
+    """
+    images = torch.zeros(2, 3, *model.config.input_size, dtype=torch.uint8, device=model.anchors.device)
+    # The exporter reports its steps on stdout and in the log, whatever it is told.
+    exporter_log = logging.getLogger("torch.onnx")
+    level = exporter_log.level
+    exporter_log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                _WithoutAnchors(model),
+                (images,),
+                input_names=["images"],
+                output_names=["box_encodings", "class_logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamo=True,
+                verbose=False,
+            )
+    finally:
+        exporter_log.setLevel(level)
+    assert program is not None
+    content: bytes = program.model_proto.SerializeToString()
+    return content
+
+
+class _WithoutAnchors(nn.Module):
+    def __init__(self, model: Detector) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        raw = self.model(images)
+        return raw.box_encodings, raw.class_logits
+
+
+def _onnxruntime(onnx: bytes, num_threads: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        boxes, classes = session.run(None, {"images": images.contiguous().numpy()})
+        return torch.from_numpy(boxes), torch.from_numpy(classes)
+
+    return run
+
+
+def _openvino(onnx: bytes, num_threads: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    import openvino
+
+    core = openvino.Core()
+    # Its default on processors with bfloat16 units would be that format.
+    settings = {"INFERENCE_NUM_THREADS": num_threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(onnx), "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        # The request writes every answer to the same memory, hence the copies.
+        results = request.infer({0: images.contiguous().numpy()}, share_inputs=True)
+        return torch.from_numpy(results[0].copy()), torch.from_numpy(results[1].copy())
+
+    return run
