@@ -35,6 +35,8 @@ class MobileNetV2Config:
     """A row for each stage: expansion t, channels c, blocks n, stride s of the first block (table 2 of the paper)."""
     last_channels: int = 1280
     """Channels of the last 1x1 convolution. A width above 1 multiplies them, a width below 1 leaves them."""
+    fixed_ends: bool = False
+    """The stem keeps 32 channels and the last convolution last_channels, whatever the width (timm's deeper networks)."""
     residual: Literal["identity", "projection"] = "identity"
     """identity: blocks of stride 1 that keep their channels add their input (the paper). projection: every block of
     stride 1 adds a 1x1 convolution + batch norm of its input."""
@@ -147,7 +149,7 @@ class MobileNetV2(Backbone):
         self.config = config
         eps, momentum = config.norm_eps, config.norm_momentum
 
-        channels = make_divisible(STEM_CHANNELS * config.width)
+        channels = STEM_CHANNELS if config.fixed_ends else make_divisible(STEM_CHANNELS * config.width)
         stride = 2
         self.stem = ConvNormAct(3, channels, 3, stride=2, padding=config.padding, norm_eps=eps, norm_momentum=momentum)
         self.feature_specs = {"stem": FeatureSpec(channels, stride)}
@@ -174,7 +176,9 @@ class MobileNetV2(Backbone):
             stride *= first_stride
             self.add_module(name, nn.Sequential(*blocks))
             self.feature_specs[name] = FeatureSpec(channels, stride)
-        last_channels = make_divisible(config.last_channels * max(1.0, config.width))
+        last_channels = config.last_channels
+        if not config.fixed_ends:
+            last_channels = make_divisible(last_channels * max(1.0, config.width))
         self.last = ConvNormAct(channels, last_channels, 1, norm_eps=eps, norm_momentum=momentum)
         self.feature_specs["last"] = FeatureSpec(last_channels, stride)
 

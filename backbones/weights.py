@@ -1,7 +1,7 @@
 """Strict loading and saving of backbone and classifier weights.
 
-Two layouts are read: torchvision's state dict (.pt, .pth, or its own download) and ours (.safetensors, with metadata).
-Each foreign layout is one function that gives the key table ours -> theirs, and one entry in ``_read``.
+Three layouts are read: ours (.safetensors, with metadata), torchvision's state dict (.pt, .pth, or its own download) and
+timm's (.pth, .safetensors); ``layouts.py`` has their key tables. Everything else is converted first.
 """
 
 import json
@@ -14,18 +14,18 @@ from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from backbones.classifier import Classifier
+from backbones.classifier import Classifier, ClassifierConfig
+from backbones.layouts import PUBLIC_WIDTHS, Layout, keys_of, layout_of, nearest_config, timm_keys, torchvision_keys
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PUBLIC_WIDTHS = (0.1, 0.25, 0.35, 0.5, 0.75, 1.0, 1.1, 1.2, 1.3, 1.4)
 
 # Fields of MobileNetV2Config that change what the numbers mean; the others (freezing, momentum) may differ.
-_FIELDS_OF_WEIGHTS = ("width", "settings", "last_channels", "residual", "padding", "norm_eps")
+FIELDS_OF_WEIGHTS = ("width", "settings", "last_channels", "fixed_ends", "residual", "padding", "norm_eps")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,7 +38,7 @@ class WeightsInfo:
         class_names: name of each output of the classifier, empty where nobody knows them.
         source: where the weights come from.
         licence: what may be done with them, as far as known.
-        layout: "litedet" or "torchvision".
+        layout: whose layout the weights came in: "litedet", "torchvision", "timm", "tflite".
         padding: the padding mode that the weights were trained with.
     """
 
@@ -56,8 +56,9 @@ def load_backbone(backbone: MobileNetV2, source: str | Path) -> WeightsInfo:
 
     Args:
         backbone: filled completely, or not touched where an error is raised.
-        source: a file (.safetensors of ours, .pt or .pth in torchvision's layout), or "torchvision:IMAGENET1K_V1",
-            "torchvision:IMAGENET1K_V2" or "torchvision" (its best) for torchvision's own download, checked by its hash.
+        source: a file (.safetensors of ours, or a state dict in torchvision's or timm's layout), or
+            "torchvision:IMAGENET1K_V1", "torchvision:IMAGENET1K_V2" or "torchvision" (its best) for torchvision's own
+            download, checked by its hash.
 
     Returns:
         What travels with the weights: among it the mean and std to normalise pictures with.
@@ -108,6 +109,57 @@ def load_classifier(
     return info, remark
 
 
+def adopt_config(config: MobileNetV2Config, source: str | Path) -> tuple[MobileNetV2Config, str]:
+    """The config with all that belongs to the weights (width, padding, epsilon, ...) as a file has it.
+
+    What the user chooses, freezing and momentum, stays. A network that is not known by its shapes leaves the config.
+
+    Returns:
+        The config, and a sentence on what was changed ("" for nothing).
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or one that does not tell.
+    """
+    of_file: MobileNetV2Config | None = replace(MobileNetV2Config(), padding="symmetric", norm_eps=1e-5)
+    if not _is_download(source):
+        path = _existing(source)
+        if path.suffix == ".safetensors" and "backbone" in (metadata := read_metadata(path)):
+            of_file = _parse_metadata(metadata, path)[1]
+        else:
+            theirs, layout = _read_foreign(path)
+            of_file, exact = nearest_config(theirs, layout)
+            if not exact:
+                return config, ""
+    fields = {name: getattr(of_file, name) for name in FIELDS_OF_WEIGHTS}
+    changed = [f"{name} {theirs}" for name, theirs in fields.items() if theirs != getattr(config, name)]
+    remark = f"taken over from {source}: backbone {', '.join(changed)}" if changed else ""
+    return replace(config, **fields), remark
+
+
+def read_model(source: str | Path) -> tuple[Classifier | MobileNetV2, WeightsInfo]:
+    """The network of a file as the file has it: a classifier, or a backbone where there is no linear layer.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: as ``load_backbone``.
+    """
+    if _is_download(source):
+        config = MobileNetV2Config()
+    else:
+        path = _existing(source)
+        if path.suffix == ".safetensors" and "backbone" in (metadata := read_metadata(path)):
+            config = _parse_metadata(metadata, path)[1]
+        else:
+            config = nearest_config(*_read_foreign(path))[0]
+    state, info = _read(source, config)
+    if "linear.weight" not in state:
+        backbone = MobileNetV2(config)
+        return backbone, load_backbone(backbone, source)
+    classifier = Classifier(ClassifierConfig(backbone=config), len(state["linear.weight"]))
+    _check_fit(classifier, state, source)
+    classifier.load_state_dict(state, strict=True)
+    return classifier.eval(), info
+
+
 def save_weights(path: Path, model: MobileNetV2 | Classifier, info: WeightsInfo) -> None:
     """Write a backbone or a whole classifier as .safetensors; a run that is killed leaves no half file.
 
@@ -121,6 +173,7 @@ def save_weights(path: Path, model: MobileNetV2 | Classifier, info: WeightsInfo)
     backbone = model.backbone if isinstance(model, Classifier) else model
     metadata = {
         "layout": "litedet",
+        "original_layout": info.layout,
         "backbone": json.dumps(asdict(backbone.config)),
         "padding": backbone.config.padding,
         "mean": json.dumps(info.mean),
@@ -153,68 +206,70 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
-def torchvision_keys(config: MobileNetV2Config) -> dict[str, str]:
-    """Key table ours -> torchvision's for a classifier (torchvision/models/mobilenetv2.py, 0.29).
-
-    Theirs counts: features.0 the stem, one number for every block, one for the last convolution, classifier.1 the
-    linear layer; inside a block the expansion, where there is one, moves the numbers behind it by one.
-    """
-    layers = {"backbone.stem": ("features.0.0", "features.0.1")}
-    index = 0
-    for stage, (expansion, _, num_blocks, _) in enumerate(config.settings, start=1):
-        for block in range(num_blocks):
-            index += 1
-            ours, theirs = f"backbone.stage{stage}.{block}", f"features.{index}.conv"
-            place = 0
-            if expansion > 1:
-                layers[f"{ours}.expand"] = (f"{theirs}.0.0", f"{theirs}.0.1")
-                place = 1
-            layers[f"{ours}.depthwise"] = (f"{theirs}.{place}.0", f"{theirs}.{place}.1")
-            layers[f"{ours}.project"] = (f"{theirs}.{place + 1}", f"{theirs}.{place + 2}")
-    layers["backbone.last"] = (f"features.{index + 1}.0", f"features.{index + 1}.1")
-    table = {}
-    for layer, (conv, norm) in layers.items():
-        table[f"{layer}.conv.weight"] = f"{conv}.weight"
-        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-            table[f"{layer}.norm.{name}"] = f"{norm}.{name}"
-    return table | {"linear.weight": "classifier.1.weight", "linear.bias": "classifier.1.bias"}
-
-
 def to_torchvision(classifier: Classifier) -> dict[str, Tensor]:
     """The state dict of a classifier in torchvision's layout.
 
     Raises:
         ValueError: the config has something that torchvision's network has not.
     """
-    _check_config(classifier.backbone.config, _torchvision_config(classifier.backbone.config), "torchvision's network")
-    table = torchvision_keys(classifier.backbone.config)
+    config = classifier.backbone.config
+    _check_config(config, replace(_foreign_config(config), fixed_ends=False), "torchvision's network")
+    table = torchvision_keys(config)
+    return {table[key]: tensor for key, tensor in classifier.state_dict().items()}
+
+
+def to_timm(classifier: Classifier) -> dict[str, Tensor]:
+    """The state dict of a classifier in timm's layout.
+
+    Raises:
+        ValueError: the config has something that timm's network has not.
+    """
+    config = classifier.backbone.config
+    _check_config(config, _foreign_config(config), "timm's network")
+    table = timm_keys(config)
     return {table[key]: tensor for key, tensor in classifier.state_dict().items()}
 
 
 def _read(source: str | Path, config: MobileNetV2Config) -> tuple[dict[str, Tensor], WeightsInfo]:
     """A file's tensors under the keys of ``Classifier``, after its settings were held against the config."""
-    if isinstance(source, str) and (source == "torchvision" or source.startswith("torchvision:")):
-        theirs, info = _download_torchvision(source)
-        return _from_torchvision(theirs, config, source), info
+    if _is_download(source):
+        theirs, info = _download_torchvision(str(source))
+        return _from_foreign(theirs, "torchvision", config, str(source)), info
     path = _existing(source)
     if path.suffix == ".safetensors":
         metadata = read_metadata(path)
-        if metadata.get("layout") != "litedet":
+        if metadata.get("layout") == "litedet":
+            info, config_of_file = _parse_metadata(metadata, path)
+            _check_config(config, config_of_file, str(path))
+            return load_file(path), info
+    theirs, layout = _read_foreign(path)
+    return _from_foreign(theirs, layout, config, path), WeightsInfo(layout=layout, source=path.name)
+
+
+def _is_download(source: str | Path) -> bool:
+    return isinstance(source, str) and (source == "torchvision" or source.startswith("torchvision:"))
+
+
+def _read_foreign(path: Path) -> tuple[dict[str, Tensor], Layout]:
+    """A state dict of another library, under its own names, and whose it is."""
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+        layout = layout_of(state)
+        if layout is None:
             raise ValueError(
-                f"{path} has no metadata of ours (layout is {metadata.get('layout')!r}); "
-                "read here are .safetensors files written by save_weights, for example RUN/backbone.safetensors"
+                f"{path} has no metadata of ours (layout is {read_metadata(path).get('layout')!r}); "
+                "read here are .safetensors files written by save_weights, for example RUN/backbone.safetensors, and timm's"
             )
-        info, config_of_file = _parse_metadata(metadata, path)
-        _check_config(config, config_of_file, str(path))
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, info  # noqa: SIM118 (safe_open is no dict)
-    theirs = _read_state_dict(path)
-    if "features.0.0.weight" in theirs:
-        return _from_torchvision(theirs, config, path), WeightsInfo(layout="torchvision", source=path.name)
-    raise ValueError(
-        f"{path} is not in a layout that is known here: its first keys are {', '.join(list(theirs)[:4]) or 'none'}; "
-        "read are torchvision's mobilenet_v2 (features.0.0.weight, ...) and our .safetensors"
-    )
+        return state, layout
+    state = read_state_dict(path)
+    layout = layout_of(state)
+    if layout is None:
+        raise ValueError(
+            f"{path} is not in a layout that is known here: its first keys are {', '.join(list(state)[:4]) or 'none'}; "
+            "read are torchvision's mobilenet_v2 (features.0.0.weight, ...), timm's mobilenetv2 (conv_stem.weight, ...) "
+            "and our .safetensors"
+        )
+    return state, layout
 
 
 def _existing(source: str | Path) -> Path:
@@ -225,12 +280,14 @@ def _existing(source: str | Path) -> Path:
     return path
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling garbage raises nearly anything
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise ValueError(f"{path} is not a weights file that torch.load(weights_only=True) reads: {reason}") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]  # a training's checkpoint, as timm and many others write it
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         inside = (
             f"a dict with the keys {', '.join(map(str, list(state)[:6]))}" if isinstance(state, Mapping) else "no dict"
@@ -239,14 +296,16 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _torchvision_config(config: MobileNetV2Config) -> MobileNetV2Config:
-    """What torchvision's network is, where its state dict says it by itself; width and settings show in the shapes."""
+def _foreign_config(config: MobileNetV2Config) -> MobileNetV2Config:
+    """What torchvision's and timm's networks are where no shape tells it; width and settings show in the shapes."""
     return replace(config, residual="identity", padding="symmetric", norm_eps=1e-5)
 
 
-def _from_torchvision(theirs: Mapping[str, Tensor], config: MobileNetV2Config, source: str | Path) -> dict[str, Tensor]:
-    _check_config(config, _torchvision_config(config), str(source))
-    table = {their_key: our_key for our_key, their_key in torchvision_keys(config).items()}
+def _from_foreign(
+    theirs: Mapping[str, Tensor], layout: Layout, config: MobileNetV2Config, source: str | Path
+) -> dict[str, Tensor]:
+    _check_config(config, _foreign_config(config), str(source))
+    table = {their_key: our_key for our_key, their_key in keys_of(layout, config).items()}
     state = {table.get(key, key): tensor for key, tensor in theirs.items()}
     for key in table.values():
         if key.endswith("num_batches_tracked"):  # counts batches and enters no result; old files lack it
@@ -288,6 +347,7 @@ def _parse_metadata(metadata: Mapping[str, str], path: Path) -> tuple[WeightsInf
             class_names=tuple(json.loads(metadata["class_names"])),
             source=metadata["source"],
             licence=metadata["licence"],
+            layout=metadata.get("original_layout", "litedet"),
             padding=metadata["padding"],
         )
         return info, MobileNetV2Config(**fields)
@@ -303,7 +363,7 @@ def _three(text: str) -> tuple[float, float, float]:
 def _check_config(config: MobileNetV2Config, of_file: MobileNetV2Config, source: str) -> None:
     differences: list[tuple[str, Any, Any]] = [
         (name, getattr(of_file, name), getattr(config, name))
-        for name in _FIELDS_OF_WEIGHTS
+        for name in FIELDS_OF_WEIGHTS
         if getattr(of_file, name) != getattr(config, name)
     ]
     if differences:
