@@ -28,6 +28,8 @@ class AnchorConfig:
     """Width over height of the anchors of a cell. One more square anchor stands between two scales (SSD, section 2.2)."""
     reduce_first_map: bool = True
     """Three anchors a cell on the first map: half the scale at ratio 1, the scale at 2 and 1/2. TensorFlow's SSD does so."""
+    centre_steps: tuple[float, ...] | None = None
+    """Distance between the centres of neighbouring cells, a map, as a share of the input's sides. None: 1 / cells."""
 
     def validate(self) -> None:
         if self.scales is None and not 0 < self.min_scale <= self.max_scale:
@@ -44,7 +46,8 @@ class AnchorGenerator:
     Map k of n has scale s_k, spaced evenly from min_scale to max_scale, as a share of the shorter side of the input, so
     that a ratio is a ratio in pixels also where the input is not square. Every cell has an anchor for each ratio r of
     width s_k * sqrt(r) and height s_k / sqrt(r), and a square one of sqrt(s_k * s_{k+1}), s_{n+1} being 1. Centres lie at
-    (i + 0.5) / cells: at shares of the input, not at multiples of the stride, which differ on maps with rounded-up sides.
+    (i + 0.5) / cells: at shares of the input, not at multiples of the stride, which differ on maps with rounded-up sides;
+    ``centre_steps`` sets them otherwise for weights that learnt so.
 
     Attributes:
         num_anchors: anchors a cell, a map.
@@ -72,6 +75,9 @@ class AnchorGenerator:
             else:
                 shapes = [_shape(scale, ratio) for ratio in config.ratios] + [(between, between)]
             self.shapes.append(shapes)
+        self.centre_steps = config.centre_steps
+        if self.centre_steps is not None and len(self.centre_steps) != num_maps:
+            raise ValueError(f"{num_maps} feature maps need {num_maps} centre_steps, got {self.centre_steps}")
         self.num_anchors = [len(shapes) for shapes in self.shapes]
 
     def grid_sizes(self, input_size: Size) -> list[Size]:
@@ -91,9 +97,10 @@ class AnchorGenerator:
         height, width = input_size
         side = min(input_size)
         maps = []
-        for (rows, columns), shapes in zip(self.grid_sizes(input_size), self.shapes, strict=True):
-            cy = (torch.arange(rows, dtype=torch.float64) + 0.5) * (height / rows)
-            cx = (torch.arange(columns, dtype=torch.float64) + 0.5) * (width / columns)
+        for k, ((rows, columns), shapes) in enumerate(zip(self.grid_sizes(input_size), self.shapes, strict=True)):
+            step_y, step_x = (1 / rows, 1 / columns) if self.centre_steps is None else (self.centre_steps[k],) * 2
+            cy = (torch.arange(rows, dtype=torch.float64) + 0.5) * (height * step_y)
+            cx = (torch.arange(columns, dtype=torch.float64) + 0.5) * (width * step_x)
             wh = torch.tensor(shapes, dtype=torch.float64) * side
             cells = torch.cartesian_prod(cy, cx).flip(-1)  # [rows * columns, (x, y)]
             cxcywh = torch.cat((cells[:, None].expand(-1, len(wh), -1), wh.expand(len(cells), -1, -1)), -1)
