@@ -109,3 +109,23 @@ def test_pictures_of_a_batch_do_not_meet() -> None:
 def test_configs_that_make_no_sense(config: PostprocessConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Postprocess(config, BoxCoder(), "softmax", True)
+
+
+def test_suppression_looks_further_where_the_best_are_all_the_same_object() -> None:
+    # Six boxes of one object, then one of another: the best 2 * max_detections alone would give one detection.
+    anchors = torch.cat((ANCHORS[:1].expand(6, 4), ANCHORS[2:]))
+    logits = softmax_logits(*((0.9 - 0.01 * rank, 0.0001) for rank in range(6)), (0.5, 0.0001))
+    found = run(PostprocessConfig(max_detections=2), logits, anchors)
+    assert found == [([0, 0, 10, 10], 0.9, 0), ([50, 50, 70, 90], 0.5, 0)]
+
+
+def test_pictures_of_a_batch_with_different_numbers_of_candidates_do_not_meet() -> None:
+    busy, quiet = (
+        softmax_logits((0.8, 0.1), (0.6, 0.3), (0.02, 0.9)),
+        softmax_logits((0.1, 0.1), (0.1, 0.1), (0.7, 0.1)),
+    )
+    raw = RawPredictions(torch.zeros(3, 3, 4), torch.cat((quiet, torch.full((1, 3, 3), 9.0), busy)), ANCHORS)
+    found = Postprocess(PostprocessConfig(score_threshold=0.5), BoxCoder(), "softmax", True)(
+        raw, WHOLE.expand(3, 4), SIZE.expand(3, 2)
+    )
+    assert [[round(score, 4) for score in one.scores.tolist()] for one in found] == [[0.7], [], [0.9, 0.8]]
