@@ -109,31 +109,30 @@ def load_classifier(
     return info, remark
 
 
-def adopt_config(config: MobileNetV2Config, source: str | Path) -> tuple[MobileNetV2Config, str]:
+def adopt_config(config: MobileNetV2Config, source: str | Path) -> tuple[MobileNetV2Config, WeightsInfo]:
     """The config with all that belongs to the weights (width, padding, epsilon, ...) as a file has it.
 
     What the user chooses, freezing and momentum, stays. A network that is not known by its shapes leaves the config.
 
     Returns:
-        The config, and a sentence on what was changed ("" for nothing).
+        The config, and what travels with the weights.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or one that does not tell.
     """
-    of_file: MobileNetV2Config | None = replace(MobileNetV2Config(), padding="symmetric", norm_eps=1e-5)
+    info = WeightsInfo(layout="torchvision")
+    of_file = MobileNetV2Config()  # torchvision's download
     if not _is_download(source):
         path = _existing(source)
         if path.suffix == ".safetensors" and "backbone" in (metadata := read_metadata(path)):
-            of_file = _parse_metadata(metadata, path)[1]
+            info, of_file = _parse_metadata(metadata, path)
         else:
             theirs, layout = _read_foreign(path)
+            info = WeightsInfo(layout=layout, source=path.name)
             of_file, exact = nearest_config(theirs, layout)
             if not exact:
-                return config, ""
-    fields = {name: getattr(of_file, name) for name in FIELDS_OF_WEIGHTS}
-    changed = [f"{name} {theirs}" for name, theirs in fields.items() if theirs != getattr(config, name)]
-    remark = f"taken over from {source}: backbone {', '.join(changed)}" if changed else ""
-    return replace(config, **fields), remark
+                return config, info
+    return replace(config, **{name: getattr(of_file, name) for name in FIELDS_OF_WEIGHTS}), info
 
 
 def read_model(source: str | Path) -> tuple[Classifier | MobileNetV2, WeightsInfo]:
@@ -267,7 +266,7 @@ def _read_foreign(path: Path) -> tuple[dict[str, Tensor], Layout]:
         raise ValueError(
             f"{path} is not in a layout that is known here: its first keys are {', '.join(list(state)[:4]) or 'none'}; "
             "read are torchvision's mobilenet_v2 (features.0.0.weight, ...), timm's mobilenetv2 (conv_stem.weight, ...) "
-            "and our .safetensors"
+            "and our .safetensors; tools/convert_weights.py reads more"
         )
     return state, layout
 

@@ -26,11 +26,13 @@ from backbones.pretrain import (
     measure_accuracy,
     read_image_folder,
 )
-from backbones.weights import WeightsInfo, load_classifier, save_weights
+from backbones.weights import WeightsInfo, adopt_config, load_classifier, save_weights
 from detection.data.loader import EpochSampler
 from detection.engine.checkpoint import load_checkpoint, load_weights
 from detection.engine.runtime import Runtime
 from detection.engine.trainer import TrainConfig
+from detection.plain import differences
+from detection.published import locate
 from detection.visualize import picture_grid
 
 _log = logging.getLogger(__name__)
@@ -55,7 +57,8 @@ class ClassificationConfig:
     run_dir: Path = Path("runs/classifier")
     """Folder for everything that the training writes."""
     weights: str | None = None
-    """Where to start: a backbone or classifier file (torchvision's or ours), or "torchvision" for its download."""
+    """Where to start: a backbone or classifier file (ours, torchvision's, timm's), or a published name
+    (tools/convert_weights.py --list). The network is then built as these weights need it."""
     backbone_lr_scale: float = 1.0
     """Factor of the learning rate in the backbone, where it is trained already."""
     label_smoothing: float = 0.0
@@ -124,10 +127,17 @@ class ClassificationTask:
         train_folder = read_image_folder(config.data.train)
         self.class_names = train_folder.class_names
         val_folder = read_image_folder(config.data.val, self.class_names)
-        self.model = Classifier(config.model, len(self.class_names))
         self._weights_info = WeightsInfo()
-        if config.weights is not None:
-            self._weights_info, remark = load_classifier(self.model, config.weights, self.class_names)
+        if config.weights is None:
+            self.model = Classifier(config.model, len(self.class_names))
+        else:
+            source = locate(config.weights)
+            asked, (config.model.backbone, _) = config.model.backbone, adopt_config(config.model.backbone, source)
+            changes = differences(asked, config.model.backbone)
+            if changes:
+                _log.info("the network is built as %s needs it: backbone %s", source, ", ".join(changes))
+            self.model = Classifier(config.model, len(self.class_names))
+            self._weights_info, remark = load_classifier(self.model, source, self.class_names)
             _log.info("%s", remark or f"classifier from {config.weights}")
         self.normalise = Normalise(self._weights_info.mean, self._weights_info.std)
         self.step = ClassificationStep(self.model, self.normalise, config.label_smoothing)

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import tyro
 
@@ -57,7 +57,10 @@ class DetectionConfig:
     run_dir: Path = Path("runs/detector")
     """Folder for everything that the training writes."""
     weights: str | None = None
-    """Where to start: a backbone or classifier file (torchvision's or ours) or the checkpoint of a detector."""
+    """Where to start: a detector (a checkpoint, .safetensors), a backbone or classifier (ours, torchvision's, timm's), or a
+    published name (tools/convert_weights.py --list). The network is then built as these weights need it."""
+    weights_part: Literal["all", "backbone"] = "all"
+    """Of a whole detector: everything, or the backbone alone under a new head with the config's taps and anchors."""
     backbone_lr_scale: float = 1.0
     """Factor of the learning rate in the backbone, which is trained already."""
     model: DetectorConfig = field(default_factory=DetectorConfig)

@@ -55,6 +55,22 @@ class LossConfig:
         if self.smooth_l1_beta <= 0:
             raise ValueError(f"loss.smooth_l1_beta must be positive, got {self.smooth_l1_beta}")
 
+    def fit(self, score: Literal["softmax", "sigmoid"]) -> str:
+        """Become the loss that trains this kind of score.
+
+        Returns:
+            A sentence on what was changed, "" for nothing.
+        """
+        wanted: Literal["cross_entropy", "focal"] = "cross_entropy" if score == "softmax" else "focal"
+        if self.classification == wanted:
+            return ""
+        self.classification = wanted
+        remark = f"loss.classification is {wanted} now, which trains {score} scores"
+        if wanted == "focal" and self.label_smoothing:
+            remark += f"; loss.label_smoothing {self.label_smoothing:g}, which belongs to cross_entropy, is 0"
+            self.label_smoothing = 0.0
+        return remark
+
 
 class DetectionLoss(nn.Module):
     """Smooth L1 on the box code of the positives, and a classification loss on positives and negatives.

@@ -1,5 +1,6 @@
 """Typed configs as plain data: what json and a checkpoint hold."""
 
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,18 @@ def from_plain(plain: object, config_type: type[Config]) -> Config:
         return msgspec.convert(plain, config_type, dec_hook=_text_to_path, strict=False)
     except msgspec.ValidationError as error:
         raise ValueError(f"this is no {config_type.__name__}: {error}") from error
+
+
+def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
+    """The fields of two configs of one type that differ, each as "dotted.name value" with the second one's value."""
+    found = []
+    for name in (field.name for field in fields(before)):
+        old, new = getattr(before, name), getattr(after, name)
+        if is_dataclass(old):
+            found += differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            found.append(f"{prefix}{name} {new}")
+    return found
 
 
 def _path_to_text(value: Any) -> Any:

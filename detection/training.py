@@ -19,9 +19,10 @@ from detection.engine.runtime import Runtime
 from detection.evaluation import CocoEvaluator, evaluate
 from detection.model import Detector, TrainingStep
 from detection.plain import to_plain
+from detection.published import locate
 from detection.structures import Batch
 from detection.visualize import draw_detections, draw_target, picture_grid
-from detection.weights import DetectorInfo, start_from
+from detection.weights import DetectorInfo, adopt_network, start_from
 
 _log = logging.getLogger(__name__)
 
@@ -58,15 +59,30 @@ class DetectionTask:
         names = self.train_index.class_names
         self.val_index = CocoIndex.read(val_file).with_categories(self.train_index.category_ids, names)
         _log.info("%s", describe(self.train_index, config.model.input_size))
-        self.model = Detector(config.model, len(names))
-        if config.weights is not None:
-            _log.info("%s", start_from(self.model, config.weights, names))
+        self.model = self._build_model()
         self.step = TrainingStep(self.model, self.model.loss(config.loss))
         self.num_train = len(self.train_index)
         self.lr_scales: Mapping[str, float] = {"backbone.": config.backbone_lr_scale}
         self.postprocess = self.model.postprocess(config.postprocess, names)
         self._train_loader = self._build_train_loader()
         self._val_loader = self._build_val_loader()
+
+    def _build_model(self) -> Detector:
+        """The network, filled with the weights to start from and built as they need it, which the config then says."""
+        config, names = self.config, self.train_index.class_names
+        if config.weights is None:
+            return Detector(config.model, len(names))
+        source = locate(config.weights)
+        config.model, remark = adopt_network(config.model, source, config.weights_part)
+        if remark:
+            _log.info("%s", remark)
+        remark = config.loss.fit(config.model.score)
+        if remark:
+            _log.info("%s", remark)
+        config.validate()
+        model = Detector(config.model, len(names))
+        _log.info("%s", start_from(model, source, names, config.weights_part))
+        return model
 
     def _build_train_loader(self) -> DataLoader[Any]:
         model, train = self.config.model, self.config.train
