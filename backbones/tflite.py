@@ -8,6 +8,7 @@ Letters in shapes: I O channels in and out, K classes.
 """
 
 import io
+import struct
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -285,7 +286,7 @@ def _read_layers(path: Path) -> tuple[list[Layer], tuple[float, float, float], t
                 )
             )
         mean, std = _normalisation(graph.Tensors(graph.Inputs(0)), tflite.TensorType.UINT8)
-    except (IndexError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (IndexError, KeyError, TypeError, AttributeError, UnicodeDecodeError, struct.error) as error:
         raise ValueError(f"{path} is a damaged TensorFlow Lite file ({type(error).__name__}: {error})") from error
     return layers, (mean, mean, mean), (std, std, std)
 

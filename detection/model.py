@@ -19,7 +19,7 @@ from detection.box_coder import BoxCoder
 from detection.head import Extras, SSDLiteHead
 from detection.losses import DetectionLoss, LossConfig
 from detection.postprocess import Postprocess, PostprocessConfig
-from detection.structures import RawPredictions, Target
+from detection.structures import RawPredictions, ResizeMode, Target
 
 Triple = tuple[float, float, float]
 
@@ -30,8 +30,9 @@ class DetectorConfig:
     """The network under the head."""
     input_size: tuple[int, int] = (320, 320)
     """(height, width) of the network's input in pixels, at least 96 each. Need not be square."""
-    resize: Literal["stretch", "letterbox"] = "stretch"
-    """How a picture comes to the input size: sides scaled each for itself, or both alike with a border."""
+    resize: ResizeMode = "stretch"
+    """How a picture comes to the input size: sides scaled each for itself, or both alike with a border. stretch_tensorflow
+    picks pixels as TensorFlow 1 does, for weights of it: without averaging, and shifted by up to half a pixel."""
     features: tuple[str, ...] = ("stride16_expansion", "last")
     """Names of the backbone's maps that the head sees, from the finest."""
     extra_channels: tuple[int, ...] = (512, 256, 256, 128)

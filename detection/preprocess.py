@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from detection.structures import Placement
+from detection.structures import Placement, ResizeMode
 
 
 def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -26,10 +24,25 @@ def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]
     return np.asarray(cv2.resize(image, (width, height), interpolation=interpolation), np.uint8)
 
 
+def resize_as_tensorflow(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize uint8 [H, W, 3] to (height, width) with TensorFlow 1's bilinear sampling (``align_corners=False``).
+
+    Pixel i of the result is the picture at i * H / height: not at the middle of the pixel, and without averaging where the
+    picture shrinks. Networks trained so have learnt both.
+    """
+    height, width = size
+    if image.shape[:2] == size:
+        return image
+    to_picture = np.array([[image.shape[1] / width, 0, 0], [0, image.shape[0] / height, 0]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    resized = cv2.warpAffine(image, to_picture, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(resized, np.uint8)
+
+
 def place(
     image: NDArray[np.uint8],
     input_size: tuple[int, int],
-    resize_mode: Literal["stretch", "letterbox"],
+    resize_mode: ResizeMode,
     fill: tuple[int, int, int],
 ) -> tuple[NDArray[np.uint8], Placement]:
     """Bring a picture to the network's input size.
@@ -38,7 +51,7 @@ def place(
         image: uint8 [H, W, 3], RGB.
         input_size: (height, width).
         resize_mode: "stretch" gives up the aspect ratio; "letterbox" keeps it and puts bars of equal width on two
-            sides.
+            sides; "stretch_tensorflow" is "stretch" with the pixels that TensorFlow 1 gives (``resize_as_tensorflow``).
         fill: RGB of the bars.
 
     Returns:
@@ -47,6 +60,8 @@ def place(
     (height, width), (input_height, input_width) = image.shape[:2], input_size
     if resize_mode == "stretch":
         return resize(image, input_size), Placement(input_width / width, input_height / height, 0.0, 0.0)
+    if resize_mode == "stretch_tensorflow":
+        return resize_as_tensorflow(image, input_size), Placement(input_width / width, input_height / height, 0.0, 0.0)
     scale = min(input_width / width, input_height / height)
     new_width, new_height = max(round(width * scale), 1), max(round(height * scale), 1)
     left, top = (input_width - new_width) // 2, (input_height - new_height) // 2

@@ -12,12 +12,15 @@ C columns of class logits (K, or K + 1 with the background as column 0).
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+# How a picture comes to the network's input size; see ``detection.preprocess.place``.
+ResizeMode = Literal["stretch", "letterbox", "stretch_tensorflow"]
 
 _Batch = TypeVar("_Batch", bound="Batch")
 

@@ -203,6 +203,7 @@ def _config(graph: Graph, convolutions: set[str]) -> DetectorConfig:
     config = DetectorConfig(
         backbone=backbone,
         input_size=(int(sizes[0][0]), int(sizes[0][1])),
+        resize="stretch_tensorflow",
         features=_taps(graph),
         extra_channels=tuple(len(_required(graph, f"{name}/BatchNorm/beta")) for _, name in extras),
         score=_score(graph),

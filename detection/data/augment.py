@@ -14,14 +14,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from detection.preprocess import place, resize
-from detection.structures import Placement
+from detection.structures import Placement, ResizeMode
 
 if TYPE_CHECKING:
     import albumentations
@@ -190,7 +190,7 @@ class TrainTransform:
         config: AugmentConfig,
         input_size: tuple[int, int],
         *,
-        resize_mode: Literal["stretch", "letterbox"] = "stretch",
+        resize_mode: ResizeMode = "stretch",
         fill: tuple[int, int, int] = (124, 116, 104),
         seed: int = 0,
     ) -> None:
@@ -254,7 +254,7 @@ class EvalTransform:
 
     Args:
         input_size: (height, width) of the sample.
-        resize_mode: "stretch" or "letterbox".
+        resize_mode: see ``place``.
         fill: RGB of the bars beside a letterboxed picture.
     """
 
@@ -262,7 +262,7 @@ class EvalTransform:
         self,
         input_size: tuple[int, int],
         *,
-        resize_mode: Literal["stretch", "letterbox"] = "stretch",
+        resize_mode: ResizeMode = "stretch",
         fill: tuple[int, int, int] = (124, 116, 104),
     ) -> None:
         self.input_size = input_size
