@@ -5,6 +5,7 @@ A key table goes ours -> theirs for every tensor of ``backbones.classifier.Class
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Literal
 
 import torch
@@ -92,8 +93,7 @@ def nearest_config(state: Mapping[str, Tensor], layout: Layout) -> tuple[MobileN
     Padding and epsilon show in no shape: both layouts' networks pad symmetrically and have 1e-5.
     """
     found = (MobileNetV2Config(), -1, False)
-    for config in public_configs():
-        expected = convolution_shapes(config, layout)
+    for config, expected in zip(public_configs(), _public_shapes(layout), strict=True):
         same = sum(key in state and tuple(state[key].shape) == shape for key, shape in expected.items())
         # As many more in the file as in the network are no fit either: a shallower network is part of a deeper one.
         extra = sum(tensor.dim() == 4 and key not in expected for key, tensor in state.items())
@@ -108,6 +108,11 @@ def convolution_shapes(config: MobileNetV2Config, layout: Layout) -> dict[str, t
     with torch.device("meta"):
         own = Classifier(ClassifierConfig(backbone=replace(config, frozen_stages=0)), 1).state_dict()
     return {table[key]: tuple(tensor.shape) for key, tensor in own.items() if key.endswith(".conv.weight")}
+
+
+@cache
+def _public_shapes(layout: Layout) -> list[dict[str, tuple[int, ...]]]:
+    return [convolution_shapes(config, layout) for config in public_configs()]
 
 
 def _blocks(config: MobileNetV2Config) -> list[tuple[str, int, int, int]]:

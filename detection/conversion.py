@@ -103,7 +103,9 @@ def convert(path: Path, class_names: tuple[str, ...] = (), pictures: Iterable[An
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"{path} {what}; give a weights file")
-    if tarfile.is_tarfile(path):
+    with path.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"  # gzip's magic number; none of the other formats begins so
+    if compressed:
         with tempfile.TemporaryDirectory() as folder:
             inside = unpack(path, Path(folder))
             converted = convert(inside, class_names, pictures)
