@@ -1,0 +1,162 @@
+"""What a data set's size does to the cost of a picture: it should do nothing."""
+
+import multiprocessing
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from detection.benchmark.drawn import draw_annotations, draw_detections
+from detection.data.augment import TrainTransform, ssd_augment
+from detection.data.coco import CocoIndex
+from detection.data.loader import DetectionDataset, build_loader
+from detection.evaluation import CocoEvaluator
+from detection.structures import Detections
+
+BOXES_PER_PICTURE = 860_001 / 118_287  # train2017
+DETECTIONS_PER_PICTURE = 20
+
+
+class SizeCost(NamedTuple):
+    """Costs with an annotation file of one size.
+
+    Attributes:
+        pictures: of the file.
+        annotation_bytes: of the arrays in memory, per picture.
+        open_us: opening the file, microseconds per picture.
+        sample_ms: from JPEG to training sample, in this process.
+        worker_growth_kib: memory that a worker has for itself alone, after an epoch of batches less after the first.
+        evaluator_bytes: what the evaluator holds, per detection.
+        evaluation_us: detections to AP, microseconds per picture.
+    """
+
+    pictures: int
+    annotation_bytes: float
+    open_us: float
+    sample_ms: float
+    worker_growth_kib: float
+    evaluator_bytes: float
+    evaluation_us: float
+
+
+def measure_scale(folder: Path, image_dir: Path, sizes: Sequence[int], samples: int = 192) -> list[SizeCost]:
+    """Costs for drawn annotation files of these numbers of pictures, all of which share a few JPEGs.
+
+    Args:
+        folder: where the files are drawn, or lie from an earlier run.
+        image_dir: JPEGs of 640x480.
+        sizes: numbers of pictures.
+        samples: training samples that are drawn for each size.
+    """
+    file_names = tuple(sorted(path.name for path in image_dir.glob("*.jpg")))
+    return [_measure(folder, image_dir, file_names, size, samples) for size in sizes]
+
+
+def _measure(folder: Path, image_dir: Path, file_names: tuple[str, ...], size: int, samples: int) -> SizeCost:
+    path = folder / f"scale_{size}.json"
+    if not path.is_file():
+        draw_annotations(path, size, round(size * BOXES_PER_PICTURE), file_names)
+    start = time.perf_counter()
+    index = CocoIndex.read(path, cache=False)
+    opened = time.perf_counter() - start
+
+    dataset = DetectionDataset(index, image_dir, TrainTransform(ssd_augment(), (320, 320)))
+    positions = np.random.default_rng(0).integers(len(index), size=samples).tolist()
+    start = time.perf_counter()
+    for position in positions:
+        dataset[0, position]
+    sampled = time.perf_counter() - start
+
+    detections = draw_detections(index, DETECTIONS_PER_PICTURE)
+    evaluator = CocoEvaluator(index)
+    feed(evaluator, index, detections)
+    start = time.perf_counter()
+    evaluator.compute()
+    evaluated = time.perf_counter() - start
+    return SizeCost(
+        pictures=size,
+        annotation_bytes=array_bytes(index) / size,
+        open_us=opened / size * 1e6,
+        sample_ms=sampled / samples * 1e3,
+        worker_growth_kib=worker_growth(dataset, samples),
+        evaluator_bytes=array_bytes(evaluator) / len(detections[0]),
+        evaluation_us=evaluated / size * 1e6,
+    )
+
+
+def feed(
+    evaluator: CocoEvaluator, index: CocoIndex, detections: tuple[np.ndarray, ...], batch_size: int = 16
+) -> list[Detections]:
+    """Give detections, as ``draw_detections`` makes them, to an evaluator in batches; returns them picture by picture."""
+    _, boxes, scores, labels = detections
+    xyxy = torch.from_numpy(np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float32))
+    per_picture = len(boxes) // len(index)
+    pictures = [
+        Detections(boxes=box, scores=score, labels=label)
+        for box, score, label in zip(
+            xyxy.split(per_picture),
+            torch.from_numpy(scores.astype(np.float32)).split(per_picture),
+            torch.from_numpy(labels).split(per_picture),
+            strict=True,
+        )
+    ]
+    for start in range(0, len(index), batch_size):
+        part = slice(start, start + batch_size)
+        evaluator.update(index.image_ids[part].tolist(), pictures[part])
+    return pictures
+
+
+def array_bytes(holder: object) -> int:
+    """Bytes of the numpy arrays that an object holds, alone or in lists."""
+    names = getattr(holder, "__slots__", None) or vars(holder)
+    total = 0
+    for name in names:
+        value = getattr(holder, name)
+        for array in value if isinstance(value, list) else [value]:
+            total += array.nbytes if isinstance(array, np.ndarray) else 0
+    return total
+
+
+def worker_growth(dataset: DetectionDataset, samples: int, batch_size: int = 16) -> float:
+    """KiB by which a worker's own memory grows from the second to the last of some batches.
+
+    Raises:
+        ValueError: this system does not say how much memory a process has for itself (Linux does).
+    """
+    loader = build_loader(dataset, batch_size=batch_size, num_workers=1)
+    batches = iter(loader)
+    (worker,) = multiprocessing.active_children()
+    for _ in range(2):
+        next(batches)
+    before = _own_kib(worker.pid)
+    for _ in range(min(samples // batch_size, len(loader)) - 2):
+        next(batches)
+    return _own_kib(worker.pid) - before
+
+
+def _own_kib(pid: int | None) -> int:
+    status = Path(f"/proc/{pid}/smaps_rollup")
+    if not status.is_file():
+        raise ValueError(
+            "the memory of a worker is read from /proc, which this system does not have; leave out --scale"
+        )
+    lines = (line.split() for line in status.read_text().splitlines()[1:])
+    return sum(int(kib) for name, kib, *_ in lines if name in ("Private_Clean:", "Private_Dirty:"))
+
+
+def table(costs: Sequence[SizeCost]) -> str:
+    """The costs for people."""
+    lines = [
+        f"{'pictures':>9}  {'annotations':>13}  {'opening':>9}  {'sample':>8}  {'worker grows':>12}  {'detection':>10}  "
+        f"{'evaluation':>11}",
+        f"{'':>9}  {'B/picture':>13}  {'us/pict.':>9}  {'ms':>8}  {'KiB':>12}  {'B':>10}  {'us/picture':>11}",
+    ]
+    lines += [
+        f"{cost.pictures:>9}  {cost.annotation_bytes:>13.0f}  {cost.open_us:>9.1f}  {cost.sample_ms:>8.2f}  "
+        f"{cost.worker_growth_kib:>12.0f}  {cost.evaluator_bytes:>10.1f}  {cost.evaluation_us:>11.0f}"
+        for cost in costs
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,309 @@
+"""The benchmark: its peer is the same network, its counts are right, its parts run. Run: pytest tests/test_benchmark.py"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backbones.classifier import Classifier, ClassifierConfig
+from backbones.mobilenetv2 import MobileNetV2Config
+from detection.benchmark import count, drawn, scale
+from detection.benchmark.peer import build_peer
+from detection.data.augment import EvalTransform
+from detection.data.coco import CocoIndex
+from detection.data.loader import DetectionDataset, build_loader
+from detection.data.synthetic import draw_detection_set
+from detection.evaluation import CocoEvaluator
+from detection.model import Detector, DetectorConfig
+from detection.postprocess import PostprocessConfig
+from detection.structures import Batch
+from detection.weights import DetectorInfo, save_detector
+from tools import benchmark
+
+
+def test_the_peer_is_the_same_network() -> None:
+    torch.manual_seed(0)
+    model = Detector(DetectorConfig(), 80)
+    images = torch.randint(0, 256, (4, 3, 320, 320), dtype=torch.uint8)
+    drawn.draw_weights(model, images)
+    # The last maps have 1 to 4 cells: batch norms that saw four pictures of noise there blow
+    # rounding up a thousandfold. Hence double precision and the same rounded mean for both.
+    model.eval().double()
+    peer = build_peer(model, PostprocessConfig()).double()
+    with torch.inference_mode():
+        expected = model(images[:1])
+        inputs, _ = peer.transform([images[0].double() / 255])
+        normalised = (images[:1].double() - model.mean) / model.std
+        maps = list(peer.backbone(normalised).values())
+        outputs = peer.head(maps)
+        anchors = peer.anchor_generator(inputs, maps)[0]
+    torch.testing.assert_close(inputs.tensors, normalised, rtol=0, atol=1e-6)
+    torch.testing.assert_close(outputs["bbox_regression"], expected.box_encodings, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(outputs["cls_logits"], expected.class_logits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(anchors, expected.anchors, rtol=0, atol=1e-3, check_dtype=False)
+    share = (expected.class_logits.softmax(-1)[..., 1:] > 0.001).float().mean().item()
+    assert 0.01 < share < 0.2  # as after a training; an untrained head has 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DetectorConfig(resize="letterbox"),
+        DetectorConfig(backbone=MobileNetV2Config(width=0.35)),
+        DetectorConfig(input_size=(192, 320)),
+    ],
+)
+def test_a_detector_that_torchvision_cannot_make_is_refused(config: DetectorConfig) -> None:
+    with pytest.raises(ValueError, match=r"torchvision's parts make a MobileNetV2 of width 1\.0"):
+        build_peer(Detector(config, 3), PostprocessConfig())
+
+
+def test_counts_by_hand() -> None:
+    # Stem at 224: 3 x 3 x 3 weights for each of 32 channels of 112 x 112, and scale and shift of the norm.
+    # stage1: a depthwise 3 x 3 of 32 channels, then 32 -> 16, both at 112 x 112.
+    # The last convolution: 320 -> 1280 at 7 x 7. The linear layer: 1280 x 1000 and 1000 biases.
+    counts = count.count(Classifier(ClassifierConfig(), 1000), (224, 224))
+    cells = 112 * 112
+    assert counts["stem"] == (32 * 27 + 64, 32 * 27 * cells, 32 * cells)
+    assert counts["stage1"] == (32 * 9 + 64 + 32 * 16 + 32, (32 * 9 + 32 * 16) * cells, (32 + 16) * cells)
+    assert counts["last"] == (320 * 1280 + 2560, 320 * 1280 * 49, 1280 * 49)
+    assert counts["linear"] == (1280 * 1000 + 1000, 1280 * 1000, 1000)
+    assert counts["total"].parameters == 3_504_872
+    assert counts["total"].multiply_adds == 300_774_272
+    _assert_parts_sum_up(counts)
+
+
+def test_one_convolution_by_hand() -> None:
+    # 3 -> 8 channels in two groups is not possible, 4 -> 8 is: each of the 8 sees 2 channels of 3 x 3, and has a bias.
+    # 9 x 7 with stride 2 and padding 1 gives 5 x 4 cells. The 1 x 1 over 3 colours before it: 9 x 7 cells of 4.
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2))
+    counts = count.count(model.train(), (9, 7))
+    assert counts["0"] == (12, 12 * 63, 4 * 63)
+    assert counts["1"] == (8 * 18 + 8, 8 * 18 * 20, 8 * 20)
+    assert model.training
+    _assert_parts_sum_up(counts)
+
+
+def _assert_parts_sum_up(counts: dict[str, count.Count]) -> None:
+    parts = [part for name, part in counts.items() if name != "total"]
+    assert tuple(map(sum, zip(*parts, strict=True))) == counts["total"]
+
+
+def test_counts_of_the_detector_by_hand() -> None:
+    counts = count.count(Detector(DetectorConfig(), 80), (320, 320))
+    # First extra map: 1280 -> 256 at 10 x 10, depthwise to 5 x 5, 256 -> 512; the others in the same way.
+    pairs = [(1280, 512, 10, 5), (512, 256, 5, 3), (256, 256, 3, 2), (256, 128, 2, 1)]
+    extras = sum(a * b // 2 * s * s + b // 2 * 9 * t * t + b // 2 * b * t * t for a, b, s, t in pairs)
+    # Twice (boxes, classes) a depthwise 3 x 3 and a 1 x 1 to n * (4 or 81) columns on each of the six maps.
+    maps = [(576, 20, 3), (1280, 10, 6), (512, 5, 6), (256, 3, 6), (256, 2, 6), (128, 1, 6)]
+    head = sum((2 * 9 * c + c * n * (4 + 81)) * s * s for c, s, n in maps)
+    assert counts["extras"].multiply_adds == extras
+    assert counts["head"].multiply_adds == head
+    assert counts["head"].activations == sum((2 * c + n * (4 + 81)) * s * s for c, s, n in maps)
+    assert counts["total"].multiply_adds / 1e9 == pytest.approx(0.789, abs=5e-4)
+    assert counts["total"].parameters / 1e6 == pytest.approx(4.337, abs=5e-4)
+    _assert_parts_sum_up(counts)
+    assert list(counts) == ["stem", *(f"stage{n}" for n in range(1, 8)), "last", "extras", "head", "total"]
+
+
+def test_drawn_annotations_are_a_coco_file(tmp_path: Path) -> None:
+    path = drawn.draw_annotations(tmp_path / "a.json", 50, 400, ("x.jpg", "y.jpg"))
+    content = json.loads(path.read_text())
+    record = content["annotations"][399]
+    x, y, width, height = record["bbox"]
+    corners = np.array(record["segmentation"][0]).reshape(-1, 2)
+    assert (len(content["images"]), len(content["annotations"])) == (50, 400)
+    assert len(corners) == 12
+    assert (corners >= (x - 0.01, y - 0.01)).all()
+    assert (corners <= (x + width + 0.01, y + height + 0.01)).all()
+    assert {image["file_name"] for image in content["images"]} == {"x.jpg", "y.jpg"}
+    index = CocoIndex.read(path)
+    assert index.num_classes == 80
+    assert index.usable.sum() == 400 - index.crowd.sum()
+
+
+def test_detections_have_some_ap(tmp_path: Path) -> None:
+    index = CocoIndex.read(drawn.draw_annotations(tmp_path / "a.json", 100, 700))
+    evaluator = CocoEvaluator(index)
+    scale.feed(evaluator, index, drawn.draw_detections(index, 30))
+    assert 0.1 < evaluator.compute().figures["AP"] < 0.9
+
+
+def test_what_a_data_set_costs_does_not_grow_with_it(tmp_path: Path) -> None:
+    pictures = draw_detection_set(tmp_path / "p", num_train=6, num_val=1, size=(480, 640))
+    names = tuple(path.name for path in sorted(pictures.train_images.glob("*.jpg")))
+    per_picture, per_detection, calls = [], [], []
+    for size in (250, 1000, 4000):
+        index = CocoIndex.read(drawn.draw_annotations(tmp_path / f"{size}.json", size, size * 7, names))
+        evaluator = CocoEvaluator(index)
+        detections = drawn.draw_detections(index, 10)
+        scale.feed(evaluator, index, detections)
+        per_picture.append((scale.array_bytes(index) - 80 * 8) / size)  # 80 category ids, however many pictures
+        per_detection.append((scale.array_bytes(evaluator) - 80 * 8) / len(detections[0]))
+        dataset = DetectionDataset(index, pictures.train_images, EvalTransform((320, 320)))
+        calls.append(_calls(partial(dataset.__getitem__, (0, 7))))
+    assert per_picture == pytest.approx([per_picture[0]] * 3, rel=0.02)
+    assert per_detection == [36.0] * 3  # 8 id, 16 box, 4 score, 8 label
+    assert calls[0] == calls[1] == calls[2]
+
+
+def _calls(run: Callable[[], object]) -> int:
+    """Python and C functions called: the same work makes the same number."""
+    total = 0
+
+    def note(_frame: object, event: str, _argument: object) -> None:
+        nonlocal total
+        total += event in ("call", "c_call")
+
+    run()
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return total
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="reads a worker's memory from /proc (Linux)")
+def test_a_worker_does_not_grow_over_an_epoch(tmp_path: Path) -> None:
+    pictures = draw_detection_set(tmp_path / "p", num_train=6, num_val=1, size=(480, 640))
+    names = tuple(path.name for path in sorted(pictures.train_images.glob("*.jpg")))
+    index = CocoIndex.read(drawn.draw_annotations(tmp_path / "a.json", 4000, 28_000, names))
+    dataset = DetectionDataset(index, pictures.train_images, EvalTransform((320, 320)))
+    # A batch of 16 pictures is 4.7 MiB; forty of them must not leave even two behind.
+    assert scale.worker_growth(dataset, samples=42 * 16) < 8 * 1024
+
+
+def test_batches_are_pinned_and_copied_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = draw_detection_set(tmp_path, num_train=4, num_val=1, size=(96, 96))
+    dataset = DetectionDataset(
+        CocoIndex.read(pictures.train_annotations), pictures.train_images, EvalTransform((96, 96))
+    )
+    loader = build_loader(dataset, batch_size=2, pin_memory=True)
+    assert loader.pin_memory
+    assert build_loader(dataset, batch_size=2).pin_memory is False
+    batch = next(iter(build_loader(dataset, batch_size=2)))
+    tensors = ("images", "boxes", "labels", "valid", "image_ids", "original_sizes", "placements")
+
+    pinned: list[int] = []
+
+    def pin(tensor: Tensor) -> Tensor:
+        pinned.append(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    assert isinstance(batch.pin_memory(), Batch)
+    assert pinned == [getattr(batch, name).data_ptr() for name in tensors]
+
+    copies: list[bool] = []
+
+    def copy(tensor: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
+        copies.append(non_blocking)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "to", copy)
+    batch.to(torch.device("cuda"), non_blocking=True)
+    assert copies == [True] * len(tensors)
+
+
+def test_sides_take_turns() -> None:
+    order: list[str] = []
+    times = benchmark.interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, warm_up=1)
+    assert order == ["a", "b"] * 4
+    assert [len(runs) for runs in times.values()] == [3, 3]
+
+
+def test_a_comparison_by_hand() -> None:
+    compared = benchmark.compare("x", "y", [1.0, 3.0, 2.0, 2.0, 4.0], [4.0, 4.0, 5.0, 4.0, 4.0], bar=0.5)
+    assert (compared.ours, compared.theirs, compared.ratio) == (2.0, 4.0, 0.5)
+    assert compared.spread == (0.4, 0.75)  # of 0.25, 0.4, 0.5, 0.75 and 1
+    assert compared.runs == 5
+    assert "bar 0.50 reached" in benchmark.row(compared)
+    assert "missed" in benchmark.row(benchmark.compare("x", "y", [3.0], [4.0], bar=0.5))
+
+
+@pytest.mark.slow
+def test_the_tool_writes_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    arguments = ["--stages", "predict", "postprocess", "train", "loader", "open", "evaluate", "--rounds", "1"]
+    arguments += ["--threads", str(threads), "--batch-size", "2", "--open-pictures", "300", "--open-boxes", "2000"]
+    arguments += ["--evaluate-pictures", "100", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    result = benchmark.main(arguments)
+    written = json.loads((tmp_path / "out" / "benchmark.json").read_text())
+    assert written == json.loads(msgspec.json.encode(result))
+    assert len(written["comparisons"]) == 9
+    assert all(math.isfinite(row["ours"]) and row["ours"] > 0 < row["theirs"] for row in written["comparisons"])
+    assert all(row["ratio"] == pytest.approx(row["ours"] / row["theirs"]) for row in written["comparisons"])
+    assert (tmp_path / "out" / "benchmark.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert f"torch.set_num_threads({threads})" in printed
+    assert "the twelve figures agree" in printed
+
+
+@pytest.mark.slow
+def test_other_backends_and_own_weights(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    config = DetectorConfig(input_size=(96, 96))
+    info = DetectorInfo(model=config, postprocess=PostprocessConfig(), class_names=("a", "b"), category_ids=(1, 2))
+    save_detector(tmp_path / "d.safetensors", Detector(config, 2), info)
+    pictures = draw_detection_set(tmp_path / "p", num_train=4, num_val=1, size=(96, 128))
+    arguments = ["--images", str(pictures.train_images), "--annotations", str(pictures.train_annotations)]
+    arguments += ["--weights", str(tmp_path / "d.safetensors"), "--threads", str(torch.get_num_threads())]
+    arguments += ["--stages", "predict", "backends", "postprocess", "train", "--backends", "onnxruntime"]
+    arguments += ["--rounds", "1", "--batch-size", "2", "--out", str(tmp_path / "out"), "--cache", str(tmp_path)]
+    result = benchmark.main(arguments)
+    names = ["predict, torch", "predict, onnxruntime", "post-processing", *["training step, batch 2"] * 2]
+    assert [row.name for row in result.comparisons] == names
+    assert all(0 < row.ratio < math.inf for row in result.comparisons)
+    assert "weights: d.safetensors, 2 classes" in result.notes
+    with pytest.raises(SystemExit):
+        benchmark.main([*arguments, "--batch-size", "5"])
+
+
+def test_a_missing_package_is_named_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark, "find_spec", lambda name: None if name == "openvino" else object())
+    with pytest.raises(SystemExit):
+        benchmark.main([])
+    captured = capsys.readouterr()
+    assert "--backends openvino needs the package openvino" in captured.err
+    assert "pip install 'litedet[export]'" in captured.err
+    assert captured.out == ""
+    benchmark.BenchmarkConfig(backends=("compile",)).validate()
+    benchmark.BenchmarkConfig(stages=("predict",)).validate()
+
+
+def test_the_tool_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.main(["--count", "--threads", str(torch.get_num_threads())])
+    printed = capsys.readouterr().out
+    assert "300.77 M" in printed
+    assert "788.83 M" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--images", "somewhere"], "--images and --annotations go together"),
+        (["--stages", "predict", "--images", "none", "--annotations", "none.json"], "none.json"),
+        (["--batch-size", "97"], "--batch-size 97 is more than the 96 pictures"),
+        (["--scale", "--scale-sizes", "10"], "--scale-sizes must be at least 64 each"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
