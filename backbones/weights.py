@@ -159,6 +159,27 @@ def read_model(source: str | Path) -> tuple[Classifier | MobileNetV2, WeightsInf
     return classifier.eval(), info
 
 
+def check_statistics(backbone: MobileNetV2, source: str | Path) -> None:
+    """Refuse to train batch norms that were folded into the convolutions and know no statistics.
+
+    Raises:
+        ValueError: every norm has mean 0 and variance 1 but a shift that somebody learnt, and is to be trained.
+    """
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    folded = all(
+        norm.running_mean is not None
+        and norm.running_var is not None
+        and not norm.running_mean.any()
+        and bool((norm.running_var == 1).all())
+        for norm in norms
+    )
+    if folded and any(bool(norm.bias.any()) for norm in norms) and not backbone.config.freeze_norm:
+        raise ValueError(
+            f"{source} has its batch norms folded into the convolutions: the first training step would destroy it; convert "
+            "it again with tools/convert_weights.py --statistics-from FOLDER, or freeze them: --model.backbone.freeze-norm True"
+        )
+
+
 def save_weights(path: Path, model: MobileNetV2 | Classifier, info: WeightsInfo) -> None:
     """Write a backbone or a whole classifier as .safetensors; a run that is killed leaves no half file.
 

@@ -20,10 +20,10 @@ def classifier() -> ClassificationConfig:
     return ClassificationConfig(
         model=ClassifierConfig(backbone=MobileNetV2Config(width=WIDTH)),
         data=ClassificationDataConfig(workers=1),
-        transform=TransformConfig(size=64, eval_size=64),
+        transform=TransformConfig(size=64, eval_size=64, min_scale=0.7, max_aspect=1.2, eval_resize="squash"),
         train=TrainConfig(
-            epochs=12,
-            batch_size=32,
+            epochs=4,
+            batch_size=64,
             optim=OptimConfig(name="adamw", lr=3e-3, weight_decay=0.05, clip_norm=10.0),
             ema=EmaConfig(),
         ),
@@ -31,21 +31,22 @@ def classifier() -> ClassificationConfig:
 
 
 def detector() -> DetectionConfig:
-    """A detector of the drawn shapes at 256 px, from the backbone of ``classifier``."""
+    """A detector of the drawn shapes at 192 px, from the backbone of ``classifier``.
+
+    Its first stages, which take half of the time, stay as the classifier left them.
+    """
     return DetectionConfig(
         model=DetectorConfig(
-            backbone=MobileNetV2Config(width=WIDTH),
-            input_size=(256, 256),
+            backbone=MobileNetV2Config(width=WIDTH, frozen_stages=3),
+            input_size=(192, 192),
             anchors=AnchorConfig(min_scale=0.1, reduce_first_map=False),
         ),
-        augment=AugmentConfig(
-            crop_probability=0.5, crop_scale=(0.6, 1.0), horizontal_flip=0.5, vertical_flip=0.5, min_visible=0.3
-        ),
+        augment=AugmentConfig(crop_probability=0.3, crop_scale=(0.7, 1.0), horizontal_flip=0.5, vertical_flip=0.5),
         data=DataConfig(workers=1),
         train=TrainConfig(
-            epochs=9,
-            batch_size=16,
-            eval_every=3,
+            epochs=11,
+            batch_size=8,
+            eval_every=11,
             optim=OptimConfig(name="adamw", lr=2e-3, weight_decay=0.05, clip_norm=10.0),
             ema=EmaConfig(),
         ),

@@ -26,7 +26,7 @@ from backbones.pretrain import (
     measure_accuracy,
     read_image_folder,
 )
-from backbones.weights import WeightsInfo, adopt_config, load_classifier, save_weights
+from backbones.weights import WeightsInfo, adopt_config, check_statistics, load_classifier, save_weights
 from detection.data.loader import EpochSampler
 from detection.engine.checkpoint import load_checkpoint, load_weights
 from detection.engine.runtime import Runtime
@@ -138,6 +138,7 @@ class ClassificationTask:
                 _log.info("the network is built as %s needs it: backbone %s", source, ", ".join(changes))
             self.model = Classifier(config.model, len(self.class_names))
             self._weights_info, remark = load_classifier(self.model, source, self.class_names)
+            check_statistics(self.model.backbone, source)
             _log.info("%s", remark or f"classifier from {config.weights}")
         self.normalise = Normalise(self._weights_info.mean, self._weights_info.std)
         self.step = ClassificationStep(self.model, self.normalise, config.label_smoothing)

@@ -93,7 +93,8 @@ def load_detector(
     """The detector of a file, ready to use.
 
     Args:
-        path: a training's ``best.pt``, or a detector's ``.safetensors``.
+        path: a training's ``best.pt``, a detector's ``.safetensors``, or a published name, which is downloaded once:
+            ``load_detector("ssdlite_mobilenet_v2_coco")``.
         device: "auto" takes a CUDA GPU where there is one.
         score_threshold: detections below it are dropped.
         nms_threshold: None takes the one in the file.

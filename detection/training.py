@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from backbones.weights import check_statistics
 from detection.config import DetectionConfig
 from detection.data.augment import EvalTransform, TrainTransform
 from detection.data.check import describe
@@ -82,6 +83,7 @@ class DetectionTask:
         config.validate()
         model = Detector(config.model, len(names))
         _log.info("%s", start_from(model, source, names, config.weights_part))
+        check_statistics(model.backbone, source)
         return model
 
     def _build_train_loader(self) -> DataLoader[Any]:

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -24,6 +25,7 @@ from backbones.tflite import read_tflite, unfold_norms
 from backbones.weights import (
     WeightsInfo,
     adopt_config,
+    check_statistics,
     load_backbone,
     load_classifier,
     read_metadata,
@@ -457,8 +459,16 @@ def test_tool_measures_statistics(tensorflows: Classifier, tmp_path: Path, capsy
     classifier = Classifier(ClassifierConfig(backbone=adopt_config(MobileNetV2Config(), out)[0]), 1000)
     load_classifier(classifier, out)
     assert float(classifier.backbone.stem.norm.running_var.std()) > 0
+    check_statistics(classifier.backbone, out)
     main([str(tmp_path / "a.tflite"), str(out)])
     assert "the batch norms stay folded: good for prediction, not for training" in capsys.readouterr().out
+    load_classifier(classifier, out)
+    with pytest.raises(ValueError, match=r"o.safetensors has its batch norms folded .* --statistics-from FOLDER"):
+        check_statistics(classifier.backbone, out)
+    frozen = MobileNetV2(replace(classifier.backbone.config, freeze_norm=True))
+    load_backbone(frozen, out)
+    check_statistics(frozen, out)
+    check_statistics(MobileNetV2(NARROW), "nowhere")
     assert "no is not a folder" in fail([str(tmp_path / "a.tflite"), str(out), "--statistics-from", "no"], capsys)
     (tmp_path / "empty").mkdir()
     message = fail([str(tmp_path / "a.tflite"), str(out), "--statistics-from", str(tmp_path / "empty")], capsys)

@@ -33,7 +33,7 @@ _WINDOW = "LiteDet (q ends)"
 @dataclass(kw_only=True, slots=True)
 class DemoConfig:
     checkpoint: tyro.conf.Positional[Path]
-    """A training's best.pt, or a detector's .safetensors."""
+    """A training's best.pt, a detector's .safetensors, or a published name (ssdlite_mobilenet_v2_coco)."""
     source: str
     """A video, a picture, a folder of pictures, the number of a camera (0 is the first), or the URL of a stream."""
     out: Path | None = None

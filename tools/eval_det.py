@@ -33,7 +33,7 @@ from detection.weights import read_detector
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
     checkpoint: tyro.conf.Positional[Path]
-    """A training's best.pt, or a detector's .safetensors."""
+    """A training's best.pt, a detector's .safetensors, or a published name (tools/convert_weights.py --list)."""
     annotations: Path
     """A COCO json. Its classes are matched with the detector's by name; it may have fewer."""
     images: Path

@@ -44,15 +44,15 @@ _MARK = ".quickstart"  # a folder with this file in it was made here and may be 
 class QuickstartConfig:
     run_dir: Path = ROOT / "runs" / "quickstart"
     """Folder for everything that is made."""
-    num_train: int = 1000
+    num_train: int = 1500
     """Pictures to train the detector on."""
     num_val: int = 200
     """Pictures to measure it on."""
-    num_crops: int = 200
+    num_crops: int = 800
     """Pictures of each class to train the classifier on; a fifth as many to measure it on."""
-    picture_side: int = 256
+    picture_side: int = 128
     """Height and width of the pictures in pixels."""
-    crop_side: int = 96
+    crop_side: int = 64
     """Height and width of the classifier's pictures in pixels."""
     num_frames: int = 150
     """Frames of the film, 25 of them a second."""

@@ -15,11 +15,13 @@ import gc
 import hashlib
 import json
 import logging
+import mmap
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, repeat
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,7 +151,8 @@ class CocoIndex:
         cached = _cache_path(path) if cache and path.stat().st_size >= CACHE_FROM_BYTES else None
         index = _read_cache(cached, path) if cached else None
         if index is None:
-            index = _build(path)
+            with _no_garbage_collection():
+                index = _build(path)
             if cached:
                 _write_cache(cached, index)
         if index.problems and strict:
@@ -287,10 +290,9 @@ def _build(path: Path) -> CocoIndex:
             f"{path}: annotation {annotation.id} has the unknown category {annotation.category_id}; "
             f"`categories` has {', '.join(map(str, category_ids[:100].tolist()))}"
         )
-    xywh = np.fromiter(chain.from_iterable(a.bbox for a in annotations), np.float64, 4 * len(annotations)).reshape(
-        -1, 4
-    )
-    areas = np.array([np.nan if a.area is None else a.area for a in annotations], np.float64)
+    corners = chain.from_iterable(map(attrgetter("bbox"), annotations))
+    xywh = np.fromiter(corners, np.float64, 4 * len(annotations)).reshape(-1, 4)
+    areas = np.array(list(map(attrgetter("area"), annotations)), np.float64)  # nan where there is none
     areas = np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas)
     crowd = _array(annotations, "iscrowd", np.bool_)
 
@@ -318,21 +320,31 @@ def _build(path: Path) -> CocoIndex:
 
 
 def _decode(path: Path) -> _File:
-    data = path.read_bytes()
-    collected = gc.isenabled()
-    gc.disable()  # a million new objects, none of them garbage: the collector would walk over them again and again
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is not a json file: it is empty")
+    # Mapped, not read: a file of COCO's size has hundreds of megabytes, and they need no copy.
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return msgspec.json.decode(data, type=_File)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{path} is not a COCO json file: {_explain(str(error), data[:])}") from None
+        except msgspec.DecodeError as error:
+            near = ""
+            if place := re.search(r"byte (\d+)", str(error)):
+                start = max(int(place[1]) - 60, 0)
+                near = f", after {data[start : int(place[1])].decode(errors='replace')!r}"
+            raise ValueError(f"{path} is not a json file: {error}{near}") from None
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """For a million new objects, none of them garbage: the collector would walk over them again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        return msgspec.json.decode(data, type=_File)
-    except msgspec.ValidationError as error:
-        raise ValueError(f"{path} is not a COCO json file: {_explain(str(error), data)}") from None
-    except msgspec.DecodeError as error:
-        near = ""
-        if place := re.search(r"byte (\d+)", str(error)):
-            start = max(int(place[1]) - 60, 0)
-            near = f", after {data[start : int(place[1])].decode(errors='replace')!r}"
-        raise ValueError(f"{path} is not a json file: {error}{near}") from None
+        yield
     finally:
-        if collected:
+        if enabled:
             gc.enable()
 
 
@@ -353,8 +365,12 @@ def _array(records: list[Any], name: str, dtype: type) -> NDArray[Any]:
 
 def _positions(records: list[_Annotation], name: str, ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """The place in ``ids`` that each record names, -1 where it is not there."""
-    place = {number: position for position, number in enumerate(ids.tolist())}
-    return np.fromiter(map(place.get, map(attrgetter(name), records), repeat(-1)), np.int64, len(records))
+    named = _array(records, name, np.int64)
+    if not len(ids):
+        return np.full(len(named), -1, np.int64)
+    order = np.argsort(ids)
+    places = order[np.searchsorted(ids[order], named).clip(max=len(ids) - 1)]
+    return np.where(ids[places] == named, places, -1)
 
 
 def _refuse_duplicates(path: Path, what: str, values: NDArray[Any]) -> None:

@@ -27,7 +27,7 @@ CLASS_NAMES = ("disc", "square", "triangle", "star", "ring", "cross")
 
 SMALLEST_SIDE = 12  # pixels, of the longer side of an object's box before it is cut at the border
 LARGEST_SHARE = 0.5  # of the shorter side of the picture
-HIDDEN_AT_MOST = 0.6  # share of an object that others may cover
+HIDDEN_AT_MOST = 0.4  # share of an object that others may cover
 EMPTY_SHARE = 0.08  # of the pictures have no object
 
 _TRAIN, _VAL, _FILM = range(3)  # streams of random numbers that never meet
@@ -195,7 +195,17 @@ def _noise(corner: tuple[int, int], height: int, width: int) -> NDArray[np.float
 
 def _colour(rng: np.random.Generator) -> NDArray[np.float32]:
     """A random RGB colour; grey ones are as likely as bright ones."""
-    hue, saturation, value = rng.uniform(0, 180), rng.uniform(0, 230), rng.uniform(30, 245)
+    return _rgb(rng.uniform(0, 180), rng.uniform(0, 230), rng.uniform(30, 245))
+
+
+def _colour_of_class(rng: np.random.Generator, label: int) -> NDArray[np.float32]:
+    """A random RGB colour around the hue that a class likes, and may share with the ground, a stroke or its neighbours."""
+    hue = (label + rng.normal(0, 0.35)) * 180 / len(CLASS_NAMES)
+    return _rgb(hue % 180, rng.uniform(90, 230), rng.uniform(90, 245))
+
+
+def _rgb(hue: float, saturation: float, value: float) -> NDArray[np.float32]:
+    """OpenCV's HSV, hue in 0..180 and the others in 0..255, as RGB."""
     pixel = np.array([[[hue, saturation, value]]], np.uint8)
     return cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0].astype(np.float32)
 
@@ -295,7 +305,7 @@ def _random_object(
     """An object with a random look. It takes that of four colours which stands out most from the ground below it."""
     row, column = np.clip((y, x), 0, np.array(background.shape[:2]) - 1).astype(int)
     ground = background[row, column]
-    colours = np.stack([_colour(rng) for _ in range(4)])
+    colours = np.stack([_colour_of_class(rng, label) for _ in range(4)])
     patch = int(side) + 4
     return _Object(
         label=label,
@@ -326,10 +336,10 @@ def _visible(masks: list[_Mask], size: tuple[int, int]) -> list[float]:
     return shares[::-1]
 
 
-def draw_picture(rng: np.random.Generator, size: tuple[int, int], max_objects: int = 7) -> DrawnPicture:
+def draw_picture(rng: np.random.Generator, size: tuple[int, int], max_objects: int = 5) -> DrawnPicture:
     """One picture of (height, width) ``size`` with 0 to ``max_objects`` objects.
 
-    An object that others would hide by more than 60 % is not drawn at all, so nothing visible lacks its box.
+    An object that others would hide by more than 40 % is not drawn at all, so nothing visible lacks its box.
     """
     height, width = size
     image = _background(rng, size)
@@ -337,7 +347,7 @@ def draw_picture(rng: np.random.Generator, size: tuple[int, int], max_objects: i
     count = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(1, max_objects + 1))
     pairs: list[tuple[_Object, _Mask]] = []
     for _ in range(count):
-        side = SMALLEST_SIDE * (largest / SMALLEST_SIDE) ** rng.random()
+        side = SMALLEST_SIDE * (largest / SMALLEST_SIDE) ** (rng.random() ** 0.7)  # few of the smallest
         reach = side * 0.35  # of its half side of 0.5: some objects are cut at the border
         x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
         drawn = _random_object(rng, int(rng.integers(len(CLASS_NAMES))), x, y, side, image)
@@ -385,7 +395,7 @@ def draw_moving_pictures(
 ) -> Iterator[DrawnPicture]:
     """The frames of a film: objects that glide, turn and bounce off the border, over a ground that stands still.
 
-    The boxes of a frame leave out an object while others hide more than 60 % of it.
+    The boxes of a frame leave out an object while others hide more than 40 % of it.
     """
     rng = np.random.default_rng((seed, _FILM))
     background = _background(rng, size)
