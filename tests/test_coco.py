@@ -72,6 +72,19 @@ def test_arrays_hold_the_file(tmp_path: Path) -> None:
     assert index.boxes.tolist() == [first.boxes[0].tolist(), *last.boxes.tolist()]
 
 
+@pytest.mark.parametrize("stretch", [1, 10**12])
+def test_ids_near_and_far_apart(tmp_path: Path, stretch: int) -> None:
+    content = example()
+    for image in content["images"]:
+        image["id"] *= stretch
+    for annotation in content["annotations"]:
+        annotation["image_id"] *= stretch
+    assert CocoIndex.read(write(tmp_path, content)).annotation_ids.tolist() == [6, 5, 4]
+    content["annotations"][1]["image_id"] = 21 * stretch
+    with pytest.raises(ValueError, match=rf"annotation 6 names image_id {21 * stretch}, which"):
+        CocoIndex.read(write(tmp_path, content))
+
+
 def test_boxes_that_cannot_be_learnt_from_are_named_and_kept_for_evaluation(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
