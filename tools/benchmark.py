@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
-from multiprocessing.connection import Connection
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -479,7 +479,7 @@ def _training_side(
 
 def _own_step(model: Detector, batch: Batch) -> Callable[[], None]:
     step: nn.Module = TrainingStep(model, model.loss(LossConfig())).train()
-    step = step.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    step = step.to(memory_format=torch.channels_last)
     config = OptimConfig(lr=0.01)
     optimizer = build_optimizer(parameter_groups(model, config, {}), config)
 
@@ -495,7 +495,7 @@ def _own_step(model: Detector, batch: Batch) -> Callable[[], None]:
 def _peer_step(peer: nn.Module, batch: Batch, side: str) -> Callable[[], None]:
     peer.train()
     if side == "channels-last":
-        peer = peer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        peer = peer.to(memory_format=torch.channels_last)
     images = list(batch.images.contiguous().float() / 255)
     targets = [
         {"boxes": boxes[valid], "labels": labels[valid] + 1}
