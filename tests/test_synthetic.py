@@ -78,13 +78,13 @@ def test_pictures_are_what_the_docstring_says():
         counts.append(len(boxes))
         longest.extend((boxes[:, 2:] - boxes[:, :2]).max(1))
     assert min(counts) == 0
-    assert max(counts) >= 6
+    assert max(counts) == 5
     assert max(longest) <= 80  # half of the shorter side
     assert max(longest) > 70
     assert 8 < min(longest) < 16  # 12 pixels, less where the border cuts one
 
 
-def test_no_object_is_hidden_by_more_than_sixty_percent(monkeypatch: pytest.MonkeyPatch):
+def test_no_object_is_hidden_by_more_than_forty_percent(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(synthetic, "EMPTY_SHARE", 0.0)
     painted: list[synthetic._Mask] = []
     paint = synthetic._paint
@@ -100,7 +100,7 @@ def test_no_object_is_hidden_by_more_than_sixty_percent(monkeypatch: pytest.Monk
         picture = draw_picture(np.random.default_rng(number), (128, 128), max_objects=12)
         assert len(painted) == len(picture.boxes)  # what is painted has a box, and the other way round
         visible = synthetic._visible(painted, (128, 128))
-        assert min(visible) >= 0.4
+        assert min(visible) >= 0.6
         partly_hidden += sum(share < 1 for share in visible)
     assert partly_hidden > 30  # overlaps there are
 
