@@ -65,6 +65,8 @@ class ReLU6(nn.ReLU6):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # a compiler decides itself what it keeps
             return F.relu6(x)
+        if not x.requires_grad:  # prediction: no detour through autograd, half a millisecond of a network's 25
+            return F.hardtanh_(x, 0.0, 6.0)
         result: Tensor = _ReLU6InPlace.apply(x)
         return result
 

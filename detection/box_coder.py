@@ -41,16 +41,8 @@ class BoxCoder:
 
     def decode(self, encodings: Tensor, anchors: Tensor) -> Tensor:
         """Encodings [..., 4] and their anchors [..., 4] -> xyxy boxes [..., 4] in the anchors' pixels, not clipped."""
-        x, y, w, h = encodings.unbind(-1)
-        ax, ay, aw, ah = xyxy_to_cxcywh(anchors).unbind(-1)
-        wx, wy, ww, wh = self.weights
-        cxcywh = torch.stack(
-            (
-                ax + x / wx * aw,
-                ay + y / wy * ah,
-                aw * torch.exp((w / ww).clamp(max=self.max_log_ratio)),
-                ah * torch.exp((h / wh).clamp(max=self.max_log_ratio)),
-            ),
-            -1,
-        )
-        return cxcywh_to_xyxy(cxcywh)
+        scaled = encodings / encodings.new_tensor(self.weights)
+        shift, log_ratio = scaled[..., :2], scaled[..., 2:].clamp(max=self.max_log_ratio)
+        centred = xyxy_to_cxcywh(anchors)
+        centre, sides = centred[..., :2], centred[..., 2:]
+        return cxcywh_to_xyxy(torch.cat((centre + shift * sides, sides * log_ratio.exp()), -1))

@@ -5,19 +5,19 @@ Letters in shapes: N and M boxes; ``...`` any leading dimensions.
 """
 
 from torch import Tensor
-from torch import stack as _stack
+from torch import cat as _cat
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """[..., 4] -> [..., 4]."""
-    cx, cy, w, h = boxes.unbind(-1)
-    return _stack((cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h), -1)
+    centre, half = boxes[..., :2], 0.5 * boxes[..., 2:]
+    return _cat((centre - half, centre + half), -1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     """[..., 4] -> [..., 4]."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    return _stack((0.5 * (x1 + x2), 0.5 * (y1 + y2), x2 - x1, y2 - y1), -1)
+    top_left, bottom_right = boxes[..., :2], boxes[..., 2:]
+    return _cat((0.5 * (top_left + bottom_right), bottom_right - top_left), -1)
 
 
 def box_area(boxes: Tensor) -> Tensor:

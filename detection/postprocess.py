@@ -84,7 +84,6 @@ class Postprocess:
         scores = self.scores(raw.class_logits)
         K = scores.shape[-1]
         chosen = [self._choose(picture) for picture in scores.flatten(1)]
-        # Padded with score 0, which is above no threshold.
         scores = pad_sequence([best for best, _ in chosen], batch_first=True)  # [B, N], best first
         pairs = pad_sequence([places for _, places in chosen], batch_first=True)
         anchors = pairs // K
@@ -93,8 +92,8 @@ class Postprocess:
         boxes = self.box_coder.decode(encodings, raw.anchors[anchors])  # [B, N, 4], pixels of the input
         boxes = to_picture(boxes, placements.to(boxes))
         limits = original_sizes.to(boxes).flip(-1).repeat(1, 2)  # [B, 4]: width, height, width, height
-        keep = scores > self.config.score_threshold
-        return [self._suppress(*picture) for picture in zip(boxes, scores, labels, keep, limits, strict=True)]
+        numbers = [len(best) for best, _ in chosen]
+        return [self._suppress(*picture) for picture in zip(boxes, scores, labels, numbers, limits, strict=True)]
 
     def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Scores [A * K] of a picture -> the best N above the threshold, best first, and their places."""
@@ -103,8 +102,8 @@ class Postprocess:
         best, order = scores[places].topk(min(self.config.candidates, len(places)))
         return best, places[order]
 
-    def _suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor, keep: Tensor, limits: Tensor) -> Detections:
-        boxes, scores, labels = boxes[keep], scores[keep], labels[keep]
+    def _suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor, number: int, limits: Tensor) -> Detections:
+        boxes, scores, labels = boxes[:number], scores[:number], labels[:number]  # without the padding
         # Boxes of different classes never meet when each class is moved to a place of its own.
         span = (boxes.max() - boxes.min() + 1) if len(boxes) else 1
         apart = boxes + (labels * span)[:, None]

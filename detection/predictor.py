@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from backbones.layers import ConvNormAct
-from detection.backends import Backend, build_network
+from detection.backends import Backend, build_network, threads_for
 from detection.engine.runtime import DeviceChoice, choose_device
 from detection.model import Detector
 from detection.preprocess import place
@@ -47,6 +47,7 @@ class Predictor:
         self.class_names = info.class_names
         self.device = device
         self.model = fold_norms(model.eval()).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.backend = backend
         self.network = build_network(self.model, backend, device)
         self.postprocess = model.postprocess(info.postprocess, info.class_names)
 
@@ -76,7 +77,7 @@ class Predictor:
         pixels = torch.from_numpy(np.stack([image for image, _ in placed])).permute(0, 3, 1, 2)
         placements = torch.tensor([placement for _, placement in placed])
         sizes = torch.tensor([array.shape[:2] for array in arrays])
-        with torch.inference_mode():
+        with torch.inference_mode(), threads_for(self.backend):
             raw = self.network(pixels.to(self.device, non_blocking=True))
             return [found.cpu() for found in self.postprocess(raw, placements.to(self.device), sizes.to(self.device))]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_predictor import small_detector
 
-from detection.backends import Backend, build_network, to_onnx
+from detection.backends import Backend, build_network, threads_for, to_onnx
 from detection.predictor import Predictor, fold_norms, load_detector
 from detection.weights import save_detector
 
@@ -61,6 +61,18 @@ def test_a_missing_package_is_named(backend: Backend, monkeypatch: pytest.Monkey
     monkeypatch.setattr("detection.backends.to_onnx", lambda model: b"")
     with pytest.raises(ValueError, match=rf"needs the package {backend}.*pip install 'litedet\[export\]'"):
         Predictor(*small_detector(), CPU, backend)
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("torch", 2), ("compile", 2), ("onnxruntime", 1), ("openvino", 1)])
+def test_torch_leaves_the_cores_to_a_backend_with_threads_of_its_own(backend: Backend, expected: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with threads_for(backend):
+            assert torch.get_num_threads() == expected
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_cpu_backends_refuse_other_devices() -> None:

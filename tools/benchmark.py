@@ -55,6 +55,7 @@ from detection.weights import DetectorInfo, read_detector
 
 Stage = Literal["predict", "backends", "postprocess", "train", "loader", "open", "evaluate"]
 STAGES: tuple[Stage, ...] = ("predict", "backends", "postprocess", "train", "loader", "open", "evaluate")
+SETTLE_SECONDS = 0.01  # threads keep spinning for some milliseconds after their work; not at the other side's cost
 NUM_PICTURES = 96  # read from --images, or drawn
 _PACKAGES: dict[Backend, tuple[str, ...]] = {
     "torch": (),
@@ -188,7 +189,9 @@ def interleave(sides: Mapping[str, Callable[[], object]], rounds: int, warm_up: 
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(-warm_up, rounds):
         for name, run in sides.items():
-            start = time.perf_counter()
+            settled = time.perf_counter() + SETTLE_SECONDS
+            while (start := time.perf_counter()) < settled:  # not asleep: the processor would have to wake up again
+                pass
             run()
             if number >= 0:
                 times[name].append((time.perf_counter() - start) * 1e3)
