@@ -44,7 +44,7 @@ _MARK = ".quickstart"  # a folder with this file in it was made here and may be 
 class QuickstartConfig:
     run_dir: Path = ROOT / "runs" / "quickstart"
     """Folder for everything that is made."""
-    num_train: int = 1500
+    num_train: int = 2000
     """Pictures to train the detector on."""
     num_val: int = 200
     """Pictures to measure it on."""

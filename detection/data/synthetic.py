@@ -27,6 +27,7 @@ CLASS_NAMES = ("disc", "square", "triangle", "star", "ring", "cross")
 
 SMALLEST_SIDE = 12  # pixels, of the longer side of an object's box before it is cut at the border
 LARGEST_SHARE = 0.5  # of the shorter side of the picture
+LARGEST_TURN = 0.4  # radians to either side
 HIDDEN_AT_MOST = 0.4  # share of an object that others may cover
 EMPTY_SHARE = 0.08  # of the pictures have no object
 
@@ -137,7 +138,7 @@ def _cross(arm: float = 0.32) -> NDArray[np.float64]:
 _FORMS: dict[str, list[NDArray[np.float64]]] = {
     "disc": [_circle(1.0)],
     "square": [np.array([[-1.0, -1.0], [1.0, -1.0], [1.0, 1.0], [-1.0, 1.0]])],
-    "triangle": [_circle(1.0, corners=3)],
+    "triangle": [_circle(1.0, corners=3)[:, ::-1] * (1, -1)],  # points up
     "star": [_star()],
     "ring": [_circle(1.0), _circle(0.55)],
     "cross": [_cross()],
@@ -200,7 +201,7 @@ def _colour(rng: np.random.Generator) -> NDArray[np.float32]:
 
 def _colour_of_class(rng: np.random.Generator, label: int) -> NDArray[np.float32]:
     """A random RGB colour around the hue that a class likes, and may share with the ground, a stroke or its neighbours."""
-    hue = (label + rng.normal(0, 0.35)) * 180 / len(CLASS_NAMES)
+    hue = (label + rng.normal(0, 0.2)) * 180 / len(CLASS_NAMES)
     return _rgb(hue % 180, rng.uniform(90, 230), rng.uniform(90, 245))
 
 
@@ -254,7 +255,7 @@ def _background(rng: np.random.Generator, size: tuple[int, int]) -> NDArray[np.f
 def _strokes(rng: np.random.Generator, image: NDArray[np.float32]) -> None:
     """Open thin lines, straight, broken or bent: clutter with edges that is no object."""
     height, width = image.shape[:2]
-    for _ in range(rng.integers(0, 9)):
+    for _ in range(rng.integers(0, 5)):
         colour = tuple(float(c) for c in _colour(rng))
         thickness = int(rng.integers(1, 4))
         start = rng.uniform(0, 1, 2) * (width, height)
@@ -312,7 +313,7 @@ def _random_object(
         x=x,
         y=y,
         side=side,
-        angle=rng.uniform(0, 2 * np.pi),
+        angle=rng.uniform(-LARGEST_TURN, LARGEST_TURN),
         stretch=np.exp(rng.uniform(-0.25, 0.25)),
         colour=colours[np.abs(colours - ground).sum(1).argmax()],
         shade=rng.uniform(-70, 70),
@@ -408,7 +409,7 @@ def draw_moving_pictures(
         objects.append(_random_object(rng, number % len(CLASS_NAMES), x, y, side, background))
         heading, pace = rng.uniform(0, 2 * np.pi), rng.uniform(0.005, 0.012) * min(size)
         speeds.append(np.array([np.cos(heading), np.sin(heading)]) * pace)
-        turns.append(rng.uniform(-0.04, 0.04))
+        turns.append(rng.uniform(-0.005, 0.005))
     for _ in range(num_frames):
         image = background.copy()
         masks = [_mask(drawn, size) for drawn in objects]
