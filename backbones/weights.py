@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from backbones.classifier import Classifier, ClassifierConfig
@@ -203,11 +203,16 @@ def save_weights(path: Path, model: MobileNetV2 | Classifier, info: WeightsInfo)
         "licence": info.licence,
     }
     prefix = "" if isinstance(model, Classifier) else "backbone."
+    write_safetensors(path, model, metadata, prefix)
+
+
+def write_safetensors(path: Path, model: nn.Module, metadata: dict[str, str], prefix: str = "") -> None:
+    """Write a network's state whole or not at all, readable to whom the umask lets; ``prefix`` goes before every key."""
     # safetensors stores plain rows: channels-last weights are laid out anew.
     state = {prefix + key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    save_file(state, temporary, metadata)
+    temporary.write_bytes(save(state, metadata))  # its save_file would let the owner alone read the file
     os.replace(temporary, path)
 
 

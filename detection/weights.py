@@ -5,18 +5,23 @@ the same without the state of the training.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from backbones.mobilenetv2 import MobileNetV2Config
-from backbones.weights import FIELDS_OF_WEIGHTS, IMAGENET_MEAN, IMAGENET_STD, adopt_config, load_backbone
+from backbones.weights import (
+    FIELDS_OF_WEIGHTS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    adopt_config,
+    load_backbone,
+    write_safetensors,
+)
 from detection.engine.checkpoint import load_checkpoint, load_weights
 from detection.model import Detector, DetectorConfig
 from detection.plain import differences, from_plain, to_plain
@@ -78,11 +83,8 @@ def save_detector(path: Path, model: Detector, info: DetectorInfo) -> None:
     """
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: a detector is written as .safetensors; give the file that ending")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    save_file(state, temporary, {"layout": LAYOUT, "detector": json.dumps(to_plain(info), ensure_ascii=False)})
-    os.replace(temporary, path)
+    metadata = {"layout": LAYOUT, "detector": json.dumps(to_plain(info), ensure_ascii=False)}
+    write_safetensors(path, model, metadata)
 
 
 def adopt_network(config: DetectorConfig, source: str | Path, part: Part = "all") -> tuple[DetectorConfig, str]:

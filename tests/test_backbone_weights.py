@@ -74,6 +74,8 @@ def test_ours_goes_round(tmp_path: Path) -> None:
     path = tmp_path / "new_folder" / "backbone.safetensors"
     save_weights(path, first, info)
     assert [file.name for file in path.parent.iterdir()] == ["backbone.safetensors"], "no temporary file is left"
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, "readable to whom any new file is"
 
     second = small_classifier(3, backbone)
     got, remark = load_classifier(second, path, ("a", "ö", "c"))

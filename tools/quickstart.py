@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> QuickstartResult:
     result = QuickstartResult(
         AP=figures["AP"],
         AP50=figures["AP50"],
-        seconds=seconds | {"total": sum(seconds.values())},
+        seconds=seconds | {"total": round(sum(seconds.values()), 1)},
         paths={
             "data": run_dir / "data",
             "backbone": backbone,

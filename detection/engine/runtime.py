@@ -183,7 +183,7 @@ def main_errors(main: _Main) -> _Main:
             raise SystemExit(2) from error
         except KeyboardInterrupt as error:
             print(
-                "stopped; a training goes on from its last whole epoch with the same command and --train.resume",
+                "stopped; a training goes on from its last whole epoch with the same command and --train.resume True",
                 file=sys.stderr,
             )
             raise SystemExit(130) from error

@@ -368,7 +368,9 @@ def _open_run_folder(
     last_path = run_dir / "last.pt"
     if not resume:
         if last_path.exists():
-            raise ValueError(f"{run_dir} already holds a run; go on with it by --train.resume or use another --run-dir")
+            raise ValueError(
+                f"{run_dir} already holds a run; go on with it by --train.resume True or use another --run-dir"
+            )
         if runtime.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / "config.json").write_text(json.dumps(config_record, indent=2) + "\n")
