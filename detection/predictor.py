@@ -100,8 +100,8 @@ def load_detector(
         score_threshold: detections below it are dropped.
         nms_threshold: None takes the one in the file.
         input_size: (height, width) of the network's input; None takes the one it was trained at.
-        backend: what runs the network. "torch" needs nothing; "compile" is quicker after a first call of a minute;
-            "onnxruntime" and "openvino" are quicker still on a CPU and need ``pip install 'litedet[export]'``.
+        backend: what runs the network. "torch" needs nothing, "compile" a C++ compiler and time at the first call; on a CPU
+            it is no quicker. "onnxruntime" and "openvino" are for CPUs and need ``pip install 'litedet[export]'``.
 
     Raises:
         FileNotFoundError, ValueError: see ``read_detector``; CUDA asked for where there is none; a backend whose package is

@@ -9,7 +9,10 @@ import pytest
 import torch
 from test_predictor import small_detector
 
-from detection.backends import Backend, build_network, threads_for, to_onnx
+from backbones.layers import PaddingMode
+from backbones.mobilenetv2 import MobileNetV2Config
+from detection.backends import Backend, _can_pack, build_network, threads_for, to_onnx
+from detection.model import Detector, DetectorConfig
 from detection.predictor import Predictor, fold_norms, load_detector
 from detection.weights import save_detector
 
@@ -36,6 +39,34 @@ def test_all_say_the_same(backend: Backend) -> None:
         torch.testing.assert_close(found.box_encodings, expected.box_encodings, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(found.anchors, expected.anchors)
+
+
+@pytest.mark.parametrize("padding", ["symmetric", "tf_same"])
+@pytest.mark.parametrize("folded", [True, False])
+def test_packed_convolutions_say_the_same(folded: bool, padding: PaddingMode) -> None:
+    if not _can_pack():
+        pytest.skip("this processor or this torch has no packed convolutions")
+    torch.manual_seed(0)
+    config = DetectorConfig(backbone=MobileNetV2Config(width=0.35, padding=padding), input_size=(96, 128))
+    model = Detector(config, 3).to(memory_format=torch.channels_last)
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0  # statistics of the pictures below: answers of a size that can be compared
+    with torch.no_grad():
+        model(torch.randint(0, 256, (4, 3, 96, 128), dtype=torch.uint8))
+    model = fold_norms(model.eval()) if folded else model.eval()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    network = build_network(model, "torch", CPU)
+    assert not any(isinstance(layer, torch.nn.Conv2d) for layer in network.modules())
+    for batch_size in (1, 3):
+        images = torch.randint(0, 256, (batch_size, 3, 96, 128), dtype=torch.uint8)
+        with torch.inference_mode():
+            expected, found = model(images), network(images)
+        assert expected.class_logits.std() > 0.01
+        torch.testing.assert_close(found.box_encodings, expected.box_encodings, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=1e-5)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[key]), "the detector itself stays as it was"
 
 
 @pytest.mark.slow

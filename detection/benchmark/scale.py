@@ -28,7 +28,8 @@ class SizeCost(NamedTuple):
         annotation_bytes: of the arrays in memory, per picture.
         open_us: opening the file, microseconds per picture.
         sample_ms: from JPEG to training sample, in this process.
-        worker_growth_kib: memory that a worker has for itself alone, after an epoch of batches less after the first.
+        worker_growth_kib: by which the memory that a worker has for itself alone grows over three quarters of the
+            samples, after the first quarter.
         evaluator_bytes: what the evaluator holds, per detection.
         evaluation_us: detections to AP, microseconds per picture.
     """
@@ -42,7 +43,7 @@ class SizeCost(NamedTuple):
     evaluation_us: float
 
 
-def measure_scale(folder: Path, image_dir: Path, sizes: Sequence[int], samples: int = 192) -> list[SizeCost]:
+def measure_scale(folder: Path, image_dir: Path, sizes: Sequence[int], samples: int = 640) -> list[SizeCost]:
     """Costs for drawn annotation files of these numbers of pictures, all of which share a few JPEGs.
 
     Args:
@@ -122,7 +123,7 @@ def array_bytes(holder: object) -> int:
 
 
 def worker_growth(dataset: DetectionDataset, samples: int, batch_size: int = 16) -> float:
-    """KiB by which a worker's own memory grows from the second to the last of some batches.
+    """KiB by which a worker's own memory grows over some batches, when the first quarter of them has filled its caches.
 
     Raises:
         ValueError: this system does not say how much memory a process has for itself (Linux does).
@@ -130,10 +131,11 @@ def worker_growth(dataset: DetectionDataset, samples: int, batch_size: int = 16)
     loader = build_loader(dataset, batch_size=batch_size, num_workers=1)
     batches = iter(loader)
     (worker,) = multiprocessing.active_children()
-    for _ in range(2):
+    num_batches = min(samples // batch_size, len(loader))
+    for _ in range(num_batches // 4):
         next(batches)
     before = _own_kib(worker.pid)
-    for _ in range(min(samples // batch_size, len(loader)) - 2):
+    for _ in range(num_batches - num_batches // 4):
         next(batches)
     return _own_kib(worker.pid) - before
 
