@@ -319,7 +319,7 @@ def test_the_person_detector_has_tensorflows_ap(tmp_path: Path) -> None:
     converted.save(tmp_path / "symmetric.safetensors")
     collapsed = eval_det([str(tmp_path / "symmetric.safetensors"), *more]).figures
     print(f"AP {figures['AP']:.3f}, with symmetric padding {collapsed['AP']:.3f}")
-    assert collapsed["AP"] < 0.12
+    assert collapsed["AP"] < 0.05
 
 
 # -------------------------------------------------------------------------------------------------- training from weights
@@ -527,6 +527,10 @@ def test_other_mmdetection_files_are_refused(mmdetections: tuple[dict[str, Tenso
     assert "missing: extras.blocks.0.1.norm.weight [256]" in message
     assert "not expected: neck.l2_norm.weight" in message
     assert "head.box.0.1.weight: expected shape [24, 96, 1, 1], given [24, 64, 1, 1]" in message
+    with pytest.raises(SystemExit) as stop:
+        convert_weights([str(path), str(tmp_path / "out.safetensors")])
+    assert stop.value.code == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["odd.pth"], "nothing is written"
     old = {"backbone.conv1.conv.weight": torch.zeros(32, 3, 3, 3), "bbox_head.reg_convs.0.0.weight": torch.zeros(1)}
     torch.save(old, path)
     with pytest.raises(ValueError, match=r"no SSDLite of mmdetection 2.14 or later.*upgrade_ssd_version"):

@@ -269,7 +269,7 @@ def _build(path: Path) -> CocoIndex:
     _refuse_duplicates(path, "category name", np.array([category.name for category in categories], object))
 
     names = [image.file_name.encode() for image in images]
-    sizes = np.array([(image.height or 0, image.width or 0) for image in images], np.int32).reshape(-1, 2)
+    sizes = np.nan_to_num(np.stack([_floats(images, "height"), _floats(images, "width")], axis=1)).astype(np.int32)
     for position in np.flatnonzero((sizes <= 0).any(axis=1))[:1]:
         image = images[position]
         raise ValueError(
@@ -292,7 +292,7 @@ def _build(path: Path) -> CocoIndex:
         )
     corners = chain.from_iterable(map(attrgetter("bbox"), annotations))
     xywh = np.fromiter(corners, np.float64, 4 * len(annotations)).reshape(-1, 4)
-    areas = np.array(list(map(attrgetter("area"), annotations)), np.float64)  # nan where there is none
+    areas = _floats(annotations, "area")
     areas = np.where(np.isnan(areas), xywh[:, 2] * xywh[:, 3], areas)
     crowd = _array(annotations, "iscrowd", np.bool_)
 
@@ -366,6 +366,14 @@ def _array(records: list[Any], name: str, dtype: type) -> NDArray[Any]:
     return np.fromiter(map(attrgetter(name), records), dtype, len(records))
 
 
+def _floats(records: list[Any], name: str) -> NDArray[np.float64]:
+    """nan where a record has none."""
+    try:
+        return _array(records, name, np.float64)
+    except TypeError:  # there is a None: twice as slow
+        return np.array(list(map(attrgetter(name), records)), np.float64)
+
+
 def _positions(records: list[_Annotation], name: str, ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """The place in ``ids`` that each record names, -1 where it is not there."""
     named = _array(records, name, np.int64)
@@ -396,10 +404,10 @@ def _judge(
     xywh: NDArray[np.float64], sizes: NDArray[np.int32], annotation_ids: NDArray[np.int64]
 ) -> tuple[NDArray[np.bool_], tuple[str, ...]]:
     """Which boxes can be learnt from, and a line for each reason why others cannot."""
-    height_width = sizes.astype(np.float64)
-    left_top, right_bottom = xywh[:, :2], xywh[:, :2] + xywh[:, 2:]
-    flat = np.any(~(xywh[:, 2:] > 0), axis=1)
-    outside = np.logical_and(~flat, ((right_bottom <= 0) | (left_top >= height_width[:, ::-1])).any(axis=1))
+    # Column by column: numpy reduces along a side of two ten times slower.
+    (left, top, width, height), (rows, columns) = xywh.T, sizes.T
+    flat = ~((width > 0) & (height > 0))
+    outside = ~flat & ((left + width <= 0) | (top + height <= 0) | (left >= columns) | (top >= rows))
     problems = []
     for reason, bad in (("without area", flat), ("wholly outside the picture", outside)):
         if bad.any():
