@@ -91,7 +91,7 @@ class Postprocess:
         encodings = raw.box_encodings.float().gather(1, anchors[..., None].expand(-1, -1, 4))
         boxes = self.box_coder.decode(encodings, raw.anchors[anchors])  # [B, N, 4], pixels of the input
         boxes = to_picture(boxes, placements.to(boxes))
-        limits = original_sizes.to(boxes).flip(-1).repeat(1, 2)  # [B, 4]: width, height, width, height
+        limits = original_sizes.to(boxes).flip(-1)  # [B, 2]: width, height
         numbers = [len(best) for best, _ in chosen]
         return [self._suppress(*picture) for picture in zip(boxes, scores, labels, numbers, limits, strict=True)]
 
@@ -114,7 +114,7 @@ class Postprocess:
             if len(best) == wanted:
                 break
         # Clipped last, as TensorFlow does: two boxes that stick out of the picture differ more than what is left of them.
-        boxes = boxes[best].clamp(min=0).minimum(limits)
+        boxes = boxes[best].unflatten(-1, (2, 2)).clamp(min=0).minimum(limits).flatten(-2)
         visible = (boxes[:, 2:] > boxes[:, :2]).all(-1)
         best = best[visible]
         return Detections(boxes=boxes[visible], scores=scores[best], labels=labels[best], class_names=self.class_names)
@@ -127,5 +127,5 @@ def to_picture(boxes: Tensor, placements: Tensor) -> Tensor:
         boxes: xyxy [B, N, 4].
         placements: [B, 4] (scale_x, scale_y, offset_x, offset_y).
     """
-    scale, offset = placements[:, None, :2].repeat(1, 1, 2), placements[:, None, 2:].repeat(1, 1, 2)
-    return (boxes - offset) / scale
+    scale, offset = placements[:, None, None].split(2, dim=-1)
+    return ((boxes.unflatten(-1, (2, 2)) - offset) / scale).flatten(-2)  # corner by corner
