@@ -644,7 +644,8 @@ def draw_chart(result: BenchmarkResult, path: Path) -> None:
         axes.plot(
             [one.bar] * 2, [place - 0.4, place + 0.4], color="#c0392b", linewidth=1.5, label="" if place else "aim"
         )
-        text = f"{one.ours:.3g} of {one.theirs:.3g} {one.unit}: {one.ratio:.2f}"
+        ours, theirs = (f"{value:.0f}" if value >= 1000 else f"{value:.3g}" for value in (one.ours, one.theirs))
+        text = f"{ours} of {theirs} {one.unit}: {one.ratio:.2f}"
         axes.text(max(one.ratio, one.bar) + 0.015, place, text, va="center", fontsize=8)
     axes.set_yticks(places, names, fontsize=8)
     axes.set_xlim(0, 1.3)
