@@ -395,7 +395,7 @@ def test_finished_run_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 def test_folder_with_a_run_is_not_written_over(tmp_path: Path) -> None:
     run(PointsTask(), config_of(), tmp_path / "run")
     with pytest.raises(
-        ValueError, match=r"already holds a run; go on with it by --train\.resume or use another --run-dir"
+        ValueError, match=r"already holds a run; go on with it by --train\.resume True or use another --run-dir"
     ):
         run(PointsTask(), config_of(), tmp_path / "run")
 
