@@ -73,7 +73,8 @@ def _can_pack() -> bool:
 def _packed(model: Detector) -> Detector:
     """A copy of a detector whose weights lie as oneDNN wants them, with ReLU6 computed inside the convolutions.
 
-    A plain convolution lays its weights out anew at every call, which is a sixth of the network's time for one picture.
+    A plain convolution lays its weights out anew at every call, which is a sixth of the network's time for one picture. The
+    detector itself stays as it is; what is loaded into it later does not reach the copy.
     """
     packed = copy.deepcopy(model)
     shapes: dict[nn.Conv2d, list[int]] = {}

@@ -367,7 +367,7 @@ def _array(records: list[Any], name: str, dtype: type) -> NDArray[Any]:
 
 
 def _floats(records: list[Any], name: str) -> NDArray[np.float64]:
-    """nan where a record has none."""
+    """A field of N records, float64 [N]; nan where a record has none."""
     try:
         return _array(records, name, np.float64)
     except TypeError:  # there is a None: twice as slow

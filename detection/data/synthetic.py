@@ -1,8 +1,8 @@
 """Pictures with known objects, drawn: a detection set, a classification set, the frames of a film. No download.
 
-Six kinds of objects that differ in form alone: size, rotation, stretch, colour, shading and texture are drawn at
-random, so neither colour nor texture tells the class. They lie on textured backgrounds with strokes and stains that
-are no object.
+Six kinds of objects that differ in form, and in the hue that each kind likes: something to learn from in minutes. Size,
+rotation (a little to either side), stretch, saturation, brightness, shading and texture are drawn at random. They lie on
+textured backgrounds of any hue, with strokes and stains that are no object.
 
 Everything depends on the seed alone: picture i of a set is the same however many pictures are drawn before it.
 
@@ -200,7 +200,7 @@ def _colour(rng: np.random.Generator) -> NDArray[np.float32]:
 
 
 def _colour_of_class(rng: np.random.Generator, label: int) -> NDArray[np.float32]:
-    """A random RGB colour around the hue that a class likes, and may share with the ground, a stroke or its neighbours."""
+    """A random RGB colour near the hue of a class; the ground, a stroke, rarely a neighbouring class may have it too."""
     hue = (label + rng.normal(0, 0.2)) * 180 / len(CLASS_NAMES)
     return _rgb(hue % 180, rng.uniform(90, 230), rng.uniform(90, 245))
 
