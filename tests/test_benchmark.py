@@ -230,6 +230,7 @@ def test_a_comparison_by_hand() -> None:
     assert compared.runs == 5
     assert "bar 0.50 reached" in benchmark.row(compared)
     assert "missed" in benchmark.row(benchmark.compare("x", "y", [3.0], [4.0], bar=0.5))
+    assert "bar" not in benchmark.row(benchmark.compare("x", "y", [3.0], [4.0], bar=None))
 
 
 @pytest.mark.slow
@@ -265,6 +266,7 @@ def test_other_backends_and_own_weights(tmp_path: Path) -> None:
     result = benchmark.main(arguments)
     names = ["predict, torch", "predict, onnxruntime", "post-processing", *["training step, batch 2"] * 2]
     assert [row.name for row in result.comparisons] == names
+    assert [row.bar for row in result.comparisons] == [0.55, 0.35, 0.15, 0.42, 0.97]
     assert all(0 < row.ratio < math.inf for row in result.comparisons)
     assert "weights: d.safetensors, 2 classes" in result.notes
     with pytest.raises(SystemExit):

@@ -89,16 +89,18 @@ def test_boxes_that_cannot_be_learnt_from_are_named_and_kept_for_evaluation(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = example()
-    for number, box in enumerate([[1, 1, 0, 5], [1, 1, 5, -2], [100, 10, 5, 5], [-9, 10, 9, 5], [99, 49, 5, 5]], 100):
+    flat = [[1, 1, 0, 5], [1, 1, 5, -2]]
+    outside = [[100, 10, 5, 5], [-9, 10, 9, 5], [10, 50, 5, 5], [10, -9, 5, 9]]  # right, left, below, above of 100x50
+    for number, box in enumerate([*flat, *outside, [99, 49, 5, 5]], 100):
         content["annotations"].append({"id": number, "image_id": 20, "category_id": 3, "bbox": box})
     path = write(tmp_path, content)
     with caplog.at_level(logging.WARNING):
         index = CocoIndex.read(path)
-    assert "2 of 8 boxes without area: annotation 100, 101" in caplog.text
-    assert "2 of 8 boxes wholly outside the picture: annotation 102, 103" in caplog.text
-    assert len(index.objects(0).labels) == 6
-    assert index.annotation_ids[index.usable].tolist() == [6, 104, 4]
-    with pytest.raises(ValueError, match="boxes without area: annotation 100, 101; 2 of 8 boxes wholly outside"):
+    assert "2 of 10 boxes without area: annotation 100, 101" in caplog.text
+    assert "4 of 10 boxes wholly outside the picture: annotation 102, 103, 104, 105" in caplog.text
+    assert len(index.objects(0).labels) == 8
+    assert index.annotation_ids[index.usable].tolist() == [6, 106, 4]
+    with pytest.raises(ValueError, match="boxes without area: annotation 100, 101; 4 of 10 boxes wholly outside"):
         CocoIndex.read(path, strict=True)
 
 
