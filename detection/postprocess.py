@@ -1,13 +1,12 @@
 """From raw predictions to detections, in one pass over all classes.
 
-Letters in shapes: B batch, A anchors, K classes, C columns of class logits, N candidates of a picture.
+Letters in shapes: B batch, A anchors, C columns of class logits, N candidates of a picture.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import nms
 
 from detection.box_coder import BoxCoder
@@ -64,11 +63,12 @@ class Postprocess:
         self.class_names = class_names
 
     def scores(self, class_logits: Tensor) -> Tensor:
-        """Class logits [B, A, C] -> float32 scores [B, A, K] in 0..1, without the background."""
+        """Class logits [B, A, C] -> float32 scores [B, A, C] in 0..1; the background's, where it has a column, are 0."""
         logits = class_logits.float()
-        if self.score == "softmax":
-            return logits.softmax(-1)[..., self.first_column :]
-        return logits[..., self.first_column :].sigmoid()
+        scores = logits.softmax(-1) if self.score == "softmax" else logits.sigmoid()
+        if self.first_column:
+            scores[..., 0] = 0  # not cut off: what is left would have to be copied
+        return scores
 
     def __call__(self, raw: RawPredictions, placements: Tensor, original_sizes: Tensor) -> list[Detections]:
         """The detections of each picture.
@@ -82,50 +82,55 @@ class Postprocess:
             B detections, best first, boxes in pixels of the picture and inside it.
         """
         scores = self.scores(raw.class_logits)
-        K = scores.shape[-1]
-        chosen = [self._choose(picture) for picture in scores.flatten(1)]
-        scores = pad_sequence([best for best, _ in chosen], batch_first=True)  # [B, N], best first
-        pairs = pad_sequence([places for _, places in chosen], batch_first=True)
-        anchors = pairs // K
-        labels = pairs % K
-        encodings = raw.box_encodings.float().gather(1, anchors[..., None].expand(-1, -1, 4))
-        boxes = self.box_coder.decode(encodings, raw.anchors[anchors])  # [B, N, 4], pixels of the input
-        boxes = to_picture(boxes, placements.to(boxes))
-        limits = original_sizes.to(boxes).flip(-1)  # [B, 2]: width, height
-        numbers = [len(best) for best, _ in chosen]
-        return [self._suppress(*picture) for picture in zip(boxes, scores, labels, numbers, limits, strict=True)]
+        encodings = raw.box_encodings.float()
+        placements = placements.to(encodings)
+        limits = original_sizes.to(encodings).flip(-1)  # [B, 2]: width, height
+        pictures = zip(scores, encodings, placements, limits, strict=True)
+        return [self._picture(*picture, anchors=raw.anchors) for picture in pictures]
 
-    def _choose(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [A * K] of a picture -> the best N above the threshold, best first, and their places."""
+    def _picture(
+        self, scores: Tensor, encodings: Tensor, placement: Tensor, limit: Tensor, anchors: Tensor
+    ) -> Detections:
+        C = scores.shape[-1]
+        scores = scores.flatten()
         # Few pairs are above it, and a top-k over all of them takes twice as long as finding those and sorting them.
-        places = (scores > self.config.score_threshold).nonzero().squeeze(1)
-        best, order = scores[places].topk(min(self.config.candidates, len(places)))
-        return best, places[order]
+        pairs = (scores > self.config.score_threshold).nonzero().squeeze(1)
+        scores, order = scores[pairs].topk(min(self.config.candidates, len(pairs)))  # [N], best first
+        pairs = pairs[order]
+        rows, columns = pairs // C, pairs % C
+        boxes = to_picture(self.box_coder.decode(encodings[rows], anchors[rows]), placement)
 
-    def _suppress(self, boxes: Tensor, scores: Tensor, labels: Tensor, number: int, limits: Tensor) -> Detections:
-        boxes, scores, labels = boxes[:number], scores[:number], labels[:number]  # without the padding
+        best = self._suppress(boxes, scores, columns)
+        # Clipped last, as TensorFlow does: two boxes that stick out of the picture differ more than what is left of them.
+        boxes = boxes[best].unflatten(-1, (2, 2)).clamp(min=0).minimum(limit).flatten(-2)
+        has_sides = boxes[:, 2:] > boxes[:, :2]
+        if not has_sides.all():
+            visible = has_sides.all(-1)
+            boxes, best = boxes[visible], best[visible]
+        labels = columns[best] - self.first_column
+        return Detections(boxes=boxes, scores=scores[best], labels=labels, class_names=self.class_names)
+
+    def _suppress(self, boxes: Tensor, scores: Tensor, columns: Tensor) -> Tensor:
+        """Boxes [N, 4] with scores, best first, and class columns -> the places of those that stay, best first."""
         # Boxes of different classes never meet when each class is moved to a place of its own.
-        span = (boxes.max() - boxes.min() + 1) if len(boxes) else 1
-        apart = boxes + (labels * span)[:, None]
+        low, high = boxes.aminmax() if len(boxes) else (0, 0)
+        apart = boxes + (columns * (high - low + 1))[:, None]
         wanted = self.config.max_detections
         # What is kept of the best n is kept of all, and the time goes with the square of n: mostly a part of them suffices.
-        for count in (2 * wanted, len(scores)):
-            best = nms(apart[:count], scores[:count], self.config.nms_threshold)[:wanted]
-            if len(best) == wanted:
-                break
-        # Clipped last, as TensorFlow does: two boxes that stick out of the picture differ more than what is left of them.
-        boxes = boxes[best].unflatten(-1, (2, 2)).clamp(min=0).minimum(limits).flatten(-2)
-        visible = (boxes[:, 2:] > boxes[:, :2]).all(-1)
-        best = best[visible]
-        return Detections(boxes=boxes[visible], scores=scores[best], labels=labels[best], class_names=self.class_names)
+        count = wanted + wanted // 4
+        while True:
+            best: Tensor = nms(apart[:count], scores[:count], self.config.nms_threshold)[:wanted]
+            if len(best) == wanted or count >= len(scores):
+                return best
+            count *= 2
 
 
-def to_picture(boxes: Tensor, placements: Tensor) -> Tensor:
+def to_picture(boxes: Tensor, placement: Tensor) -> Tensor:
     """Boxes in pixels of the network's input -> pixels of the picture on disk, not clipped to it.
 
     Args:
-        boxes: xyxy [B, N, 4].
-        placements: [B, 4] (scale_x, scale_y, offset_x, offset_y).
+        boxes: xyxy [N, 4].
+        placement: [4] (scale_x, scale_y, offset_x, offset_y).
     """
-    scale, offset = placements[:, None, None].split(2, dim=-1)
+    scale, offset = placement.split(2)
     return ((boxes.unflatten(-1, (2, 2)) - offset) / scale).flatten(-2)  # corner by corner

@@ -65,7 +65,7 @@ def test_boxes_come_back_to_the_picture_by_hand() -> None:
     # (80, 80)-(160, 240) in the input is (50, 0)-(100, 100) in the picture; what sticks out is cut off by the whole road.
     anchors = torch.tensor([[80.0, 80, 160, 240], [-16, 0, 400, 400]])
     placements = torch.tensor([[1.6, 1.6, 0.0, 80.0]])
-    assert to_picture(anchors[None], placements).tolist() == [[[50, 0, 100, 100], [-10, -50, 250, 200]]]
+    assert to_picture(anchors, placements[0]).tolist() == [[50, 0, 100, 100], [-10, -50, 250, 200]]
     raw = RawPredictions(torch.zeros(1, 2, 4), softmax_logits((0.8, 0.05), (0.7, 0.05)), anchors)
     (found,) = Postprocess(PostprocessConfig(score_threshold=0.1), BoxCoder(), "softmax", True)(
         raw, placements, torch.tensor([[100, 200]])
@@ -112,7 +112,7 @@ def test_configs_that_make_no_sense(config: PostprocessConfig, message: str) -> 
 
 
 def test_suppression_looks_further_where_the_best_are_all_the_same_object() -> None:
-    # Six boxes of one object, then one of another: the best 2 * max_detections alone would give one detection.
+    # Six boxes of one object, then one of another: the best few alone would give one.
     anchors = torch.cat((ANCHORS[:1].expand(6, 4), ANCHORS[2:]))
     logits = softmax_logits(*((0.9 - 0.01 * rank, 0.0001) for rank in range(6)), (0.5, 0.0001))
     found = run(PostprocessConfig(max_detections=2), logits, anchors)
