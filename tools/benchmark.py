@@ -85,7 +85,7 @@ class BenchmarkConfig:
     threads: int = 2
     """Threads of torch, of OpenCV and of the backends, on both sides."""
     rounds: int = 21
-    """Runs of each side in the short stages. The long ones take a third of it, opening and AP two."""
+    """Runs of each side in the short stages. The long ones take a third of it, opening five, AP two."""
     backends: tuple[Backend, ...] = ("compile", "onnxruntime", "openvino")
     """What the stage "backends" tries. The last two need pip install 'litedet[export]'."""
     batch_size: int = 24
@@ -390,7 +390,7 @@ class Benchmark:
             print(f"drawing {path} ...", flush=True)
             drawn.draw_annotations(path, config.open_pictures, config.open_boxes)
         first, second, peer = [], [], []
-        for _ in range(2):
+        for _ in range(5):
             shutil.rmtree(config.cache / "index", ignore_errors=True)
             first.append(_open_apart("ours", path, config))
             second.append(_open_apart("ours", path, config))
