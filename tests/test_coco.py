@@ -15,6 +15,11 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def _records_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco, "_NUM_IN_CACHE", 2)
+
+
 def example() -> dict[str, Any]:
     """Three pictures, the middle one empty; category ids out of order; one crowd; annotations out of order."""
     return {
@@ -121,8 +126,8 @@ def _change(content: dict[str, Any], table: str, record: int, **values: Any) -> 
         (example() | {"categories": []}, r"`categories` is empty"),
         (_change(example(), "images", 1, width=None), r"image 10 \(sub/ä.jpg\) has width None and height 40"),
         (_change(example(), "images", 1, height=0), r"image 10 \(sub/ä.jpg\) has width 30 and height 0"),
-        (_change(example(), "images", 1, id=20), r"image id 20 stands there more than once"),
-        (_change(example(), "annotations", 1, id=4), r"annotation id 4 stands there more than once"),
+        (_change(example(), "images", 1, id=30), r"image id 30 stands there more than once"),
+        (_change(example(), "annotations", 1, id=5), r"annotation id 5 stands there more than once"),
         (_change(example(), "categories", 1, id=7), r"category id 7 stands there more than once"),
         (_change(example(), "categories", 1, name="dog"), r"category name dog stands there more than once"),
         (_change(example(), "annotations", 1, image_id=99), r"annotation 6 names image_id 99, which `images` has not"),
