@@ -5,6 +5,7 @@ Several processes are started by ``torchrun``; this file reads what torchrun lea
 
 import ctypes
 import functools
+import importlib
 import logging
 import os
 import random
@@ -102,6 +103,9 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
         torch.backends.cudnn.benchmark = True
 
     if world_size > 1:
+        # Default arguments of this module are the group that is open when it is first imported, and DDP imports it: such a
+        # group outlives destroy_process_group, and one of Gloo's threads that lives on can abort the interpreter's end.
+        importlib.import_module("torch.distributed.nn.functional")
         if chosen.type == "cuda":
             dist.init_process_group("nccl", device_id=chosen)
         else:
