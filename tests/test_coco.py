@@ -16,8 +16,8 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _records_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coco, "_NUM_IN_CACHE", 2)
+def _every_record_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coco, "_PIECE", 1)
 
 
 def example() -> dict[str, Any]:
@@ -41,6 +41,11 @@ def write(folder: Path, content: Any) -> Path:
     path = folder / "instances.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return path
+
+
+def _change(content: dict[str, Any], table: str, record: int, **values: Any) -> dict[str, Any]:
+    content[table][record] |= values
+    return content
 
 
 def test_file_without_annotations_is_read_but_not_trained_on(tmp_path: Path) -> None:
@@ -77,6 +82,58 @@ def test_arrays_hold_the_file(tmp_path: Path) -> None:
     assert index.boxes.tolist() == [first.boxes[0].tolist(), *last.boxes.tolist()]
 
 
+def _text(content: dict[str, Any], **options: Any) -> str:
+    return json.dumps(content, **options)
+
+
+def _nested(where: str) -> dict[str, Any]:
+    """Lists of valid records that are called ``annotations`` and are not the file's."""
+    content = example()
+    other = [record | {"id": record["id"] + 100} for record in content["annotations"]]
+    if where == "images":
+        content["images"][1]["annotations"] = other
+        return content
+    return {"info": {"annotations": other}} | content
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [
+        (_text(example()), True),
+        (_text(example(), separators=(",", ":")), True),
+        (_text(example(), indent=1), True),
+        (_text(dict(reversed(example().items()))), True),  # categories, annotations, images
+        (_text({"annotations": example()["annotations"]} | example()), True),
+        (_text(example() | {"annotations": example()["annotations"][:1]}), False),
+        (_text(_change(example(), "annotations", 1, note='a "brace" }, { in }, {"id": 1}, { a note')), True),
+        (_text(_change(example(), "annotations", 1, parts=[{"a": 1}, {"a": 2}, {"a": 3}])), True),
+        (_text(_change(example(), "annotations", 0, parts=[{"a": 1}, {"a": 2}, {"a": 3}])), False),
+        (_text(_change(example(), "images", 0, file_name='"annotations": [{"id": 1}, {"id": 2}].jpg')), None),
+        (_text(_nested("images")), False),
+        (_text(_nested("info")), False),
+        ('{"annotations": ' + _text(example()["annotations"][::-1]) + ", " + _text(example())[1:], False),
+    ],
+)
+def test_pieces_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, cut: bool | None) -> None:
+    path = write(tmp_path, text)
+    monkeypatch.setattr(coco, "_PIECE", len(text))
+    whole = CocoIndex.read(path)
+    results = []
+
+    def decode_in_pieces(data: Any) -> Any:
+        results.append(in_pieces(data))
+        return results[-1]
+
+    in_pieces = coco._decode_in_pieces
+    monkeypatch.setattr(coco, "_decode_in_pieces", decode_in_pieces)
+    for size in range(1, len(text)):
+        monkeypatch.setattr(coco, "_PIECE", size)
+        _same(CocoIndex.read(path), whole)
+    assert sorted(whole.annotation_ids.tolist()) in ([4, 5, 6], [5])
+    if cut is not None:
+        assert (results[0] is not None) == cut  # the smallest size
+
+
 @pytest.mark.parametrize("stretch", [1, 10**12])
 def test_ids_near_and_far_apart(tmp_path: Path, stretch: int) -> None:
     content = example()
@@ -85,9 +142,10 @@ def test_ids_near_and_far_apart(tmp_path: Path, stretch: int) -> None:
     for annotation in content["annotations"]:
         annotation["image_id"] *= stretch
     assert CocoIndex.read(write(tmp_path, content)).annotation_ids.tolist() == [6, 5, 4]
-    content["annotations"][1]["image_id"] = 21 * stretch
-    with pytest.raises(ValueError, match=rf"annotation 6 names image_id {21 * stretch}, which"):
-        CocoIndex.read(write(tmp_path, content))
+    for unknown in (21 * stretch, 5 * stretch, 31 * stretch):  # between, below, above
+        content["annotations"][1]["image_id"] = unknown
+        with pytest.raises(ValueError, match=rf"annotation 6 names image_id {unknown}, which"):
+            CocoIndex.read(write(tmp_path, content))
 
 
 def test_boxes_that_cannot_be_learnt_from_are_named_and_kept_for_evaluation(
@@ -107,11 +165,6 @@ def test_boxes_that_cannot_be_learnt_from_are_named_and_kept_for_evaluation(
     assert index.annotation_ids[index.usable].tolist() == [6, 106, 4]
     with pytest.raises(ValueError, match="boxes without area: annotation 100, 101; 4 of 10 boxes wholly outside"):
         CocoIndex.read(path, strict=True)
-
-
-def _change(content: dict[str, Any], table: str, record: int, **values: Any) -> dict[str, Any]:
-    content[table][record] |= values
-    return content
 
 
 @pytest.mark.parametrize(

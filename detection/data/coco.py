@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
 CACHE_FROM_BYTES = 8 << 20  # a smaller file is read in less time than its cache is worth
-_NUM_IN_CACHE = 2048  # records that stay in the processor's cache while one field after the other is taken from them
+_PIECE = 1 << 20  # bytes of json whose records stay in the processor's cache while their fields are taken
 _NUM_NAMED = 10  # records that a warning names before it only counts
 
 
@@ -66,6 +66,11 @@ class _File(msgspec.Struct, gc=False):
     images: list[_Image]
     annotations: list[_Annotation]
     categories: list[_Category]
+
+
+_LIST_OF_RECORDS = re.compile(rb'"annotations"\s*:\s*\[')
+_BETWEEN_RECORDS = re.compile(rb"\}\s*,\s*(?=\{)")
+_MARKER = _Annotation(id=-(1 << 62), image_id=0, category_id=0, bbox=(0.0, 0.0, 0.0, 0.0))
 
 
 class Objects(NamedTuple):
@@ -255,27 +260,15 @@ def _xywh_to_xyxy(xywh: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def _build(path: Path) -> CocoIndex:
-    file = _decode(path)
-    images, annotations = file.images, file.annotations
-    categories = sorted(file.categories, key=lambda category: category.id)
+    images, categories, records = _decode(path)
+    categories.sort(key=lambda category: category.id)
     if not categories:
         raise ValueError(f"{path}: `categories` is empty: there is no class to find")
 
     image_ids = _array(images, "id", np.int64)
     category_ids = _array(categories, "id", np.int64)
-    num = len(annotations)
-    annotation_ids, images_named, categories_named = (np.empty(num, np.int64) for _ in range(3))
-    xywh, areas, crowd = np.empty((num, 4)), np.empty(num), np.empty(num, np.bool_)
-    for start in range(0, num, _NUM_IN_CACHE):
-        part = annotations[start : start + _NUM_IN_CACHE]
-        place = slice(start, start + len(part))
-        annotation_ids[place] = _array(part, "id", np.int64)
-        images_named[place] = _array(part, "image_id", np.int64)
-        categories_named[place] = _array(part, "category_id", np.int64)
-        corners = chain.from_iterable(map(attrgetter("bbox"), part))
-        xywh[place] = np.fromiter(corners, np.float64, 4 * len(part)).reshape(-1, 4)
-        areas[place] = _floats(part, "area")
-        crowd[place] = _array(part, "iscrowd", np.bool_)
+    annotation_ids, images_named, categories_named, xywh, areas, crowd = records
+    num = len(annotation_ids)
 
     _refuse_duplicates(path, "image id", image_ids)
     _refuse_duplicates(path, "annotation id", annotation_ids)
@@ -293,15 +286,13 @@ def _build(path: Path) -> CocoIndex:
 
     position = _positions(images_named, image_ids)
     for record in np.flatnonzero(position < 0)[:1]:
-        annotation = annotations[record]
         raise ValueError(
-            f"{path}: annotation {annotation.id} names image_id {annotation.image_id}, which `images` has not"
+            f"{path}: annotation {annotation_ids[record]} names image_id {images_named[record]}, which `images` has not"
         )
     labels = _positions(categories_named, category_ids)
     for record in np.flatnonzero(labels < 0)[:1]:
-        annotation = annotations[record]
         raise ValueError(
-            f"{path}: annotation {annotation.id} has the unknown category {annotation.category_id}; "
+            f"{path}: annotation {annotation_ids[record]} has the unknown category {categories_named[record]}; "
             f"`categories` has {', '.join(map(str, category_ids[:100].tolist()))}"
         )
     unknown = np.isnan(areas)
@@ -336,13 +327,38 @@ def _build(path: Path) -> CocoIndex:
     )
 
 
-def _decode(path: Path) -> _File:
+class _Records(NamedTuple):
+    """The annotation records in the order of the file, int64 [N] where no other is named."""
+
+    ids: NDArray[np.int64]
+    image_ids: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+    xywh: NDArray[np.float64]  # [N, 4]
+    areas: NDArray[np.float64]  # [N], nan where the file has none
+    crowd: NDArray[np.bool_]  # [N]
+
+
+def _records(annotations: list[_Annotation]) -> _Records:
+    corners = np.fromiter(chain.from_iterable(map(attrgetter("bbox"), annotations)), np.float64, 4 * len(annotations))
+    return _Records(
+        ids=_array(annotations, "id", np.int64),
+        image_ids=_array(annotations, "image_id", np.int64),
+        category_ids=_array(annotations, "category_id", np.int64),
+        xywh=corners.reshape(-1, 4),
+        areas=_floats(annotations, "area"),
+        crowd=_array(annotations, "iscrowd", np.bool_),
+    )
+
+
+def _decode(path: Path) -> tuple[list[_Image], list[_Category], _Records]:
     if not path.stat().st_size:
         raise ValueError(f"{path} is not a json file: it is empty")
     # Mapped, not read: a file of COCO's size has hundreds of megabytes, and they need no copy.
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if (decoded := _decode_in_pieces(data)) is not None:
+            return decoded
         try:
-            return msgspec.json.decode(data, type=_File)
+            file = msgspec.json.decode(data, type=_File)
         except msgspec.ValidationError as error:
             raise ValueError(f"{path} is not a COCO json file: {_explain(str(error), data[:])}") from None
         except msgspec.DecodeError as error:
@@ -351,6 +367,45 @@ def _decode(path: Path) -> _File:
                 start = max(int(place[1]) - 60, 0)
                 near = f", after {data[start : int(place[1])].decode(errors='replace')!r}"
             raise ValueError(f"{path} is not a json file: {error}{near}") from None
+    return file.images, file.categories, _records(file.annotations)
+
+
+def _decode_in_pieces(data: mmap.mmap) -> tuple[list[_Image], list[_Category], _Records] | None:
+    """A large file without the objects of all its records at once; None if it has to be decoded as a whole.
+
+    ``annotations`` is cut between two records about every megabyte. The objects of a piece stay in the processor's cache,
+    and the next piece uses their memory again: a quarter less time and a third less memory. What remains when the pieces
+    are taken out is again a file, with a short list.
+
+    Nothing has to be known of a cut but that it lies between braces: inside of a record or of a string it leaves brackets
+    or quotes open, and the piece is not json. The rest begins its list with a marker, which is missing from the decoded
+    rest if the list that was cut is not the one that counts (another thing in the file may have the name).
+    """
+    found = _LIST_OF_RECORDS.match(data, max(data.find(b'"annotations"'), 0))
+    if found is None:
+        return None
+    decode = msgspec.json.Decoder(list[_Annotation]).decode
+    parts = []
+    place = found.end()
+    with memoryview(data) as view:
+        while cut := _BETWEEN_RECORDS.search(data, place + _PIECE):
+            try:
+                annotations = decode(b"".join([b"[", view[place : cut.start() + 1], b"]"]))
+            except msgspec.DecodeError:
+                break  # the list ended before the cut, or a record is broken
+            parts.append(_records(annotations))
+            place = cut.end()
+        if not parts:
+            return None
+        rest = b"".join([view[: found.end()], msgspec.json.encode(_MARKER), b",", view[place:]])
+    try:
+        file = msgspec.json.decode(rest, type=_File)
+    except msgspec.DecodeError:
+        return None  # the whole file gives the message with the right place
+    if file.annotations[:1] != [_MARKER]:
+        return None
+    parts.append(_records(file.annotations[1:]))
+    return file.images, file.categories, _Records(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 @contextlib.contextmanager
@@ -389,7 +444,7 @@ def _floats(records: list[Any], name: str) -> NDArray[np.float64]:
 
 
 def _positions(named: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The place in ``ids`` of each number [N], -1 where it is not there. ``named`` may be written over."""
+    """The place in ``ids`` of each number [N], -1 where it is not there."""
     if not len(ids):
         return np.full(len(named), -1, np.int64)
     low, high = int(ids.min()), int(ids.max())
@@ -398,9 +453,8 @@ def _positions(named: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.i
     ):  # a table is sixty times faster than a search, where it is not too large
         table = np.full(high - low + 1, -1, np.int64)
         table[ids - low] = np.arange(len(ids))
-        named -= low
-        places = table.take(named, mode="clip")
-        places[(named < 0) | (named >= len(table))] = -1
+        places = table.take(named - low, mode="clip")
+        places[(named < low) | (named > high)] = -1
         return places
     order = np.argsort(ids)
     places = order[np.searchsorted(ids[order], named).clip(max=len(ids) - 1)]
