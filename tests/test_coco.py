@@ -189,6 +189,8 @@ def test_boxes_that_cannot_be_learnt_from_are_named_and_kept_for_evaluation(
             _change(example(), "annotations", 1, bbox=[1, 2, 3]),
             r"length 4.* - at `annotations\[1\].bbox`: \{'id': 6, 'image_id': 20, 'category_id': 7, 'bbox': \[1, 2, 3",
         ),
+        (_change(example(), "annotations", 1, id=10**30), r"Expected `int` <= 9223372036854775807 .*'id': 1000"),
+        (_change(example(), "images", 1, width=10**10), r"Expected `int` <= 2147483647 .*images\[1\].*'id': 10,"),
         (_change(example(), "annotations", 0, bbox=[1, 2, "3", 4]), r"Expected `float`, got `str` .*'id': 5"),
         (
             _change(example(), "annotations", 0, image_id="a"),

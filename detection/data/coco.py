@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -40,25 +40,29 @@ _PIECE = 1 << 20  # bytes of json whose records stay in the processor's cache wh
 _NUM_NAMED = 10  # records that a warning names before it only counts
 
 
+_Int64 = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]  # the arrays hold no larger ones
+_Int32 = Annotated[int, msgspec.Meta(ge=-(1 << 31), le=(1 << 31) - 1)]
+
+
 class _Image(msgspec.Struct, gc=False):
-    id: int
+    id: _Int64
     file_name: str
-    width: int | None = None
-    height: int | None = None
+    width: _Int32 | None = None
+    height: _Int32 | None = None
 
 
 class _Annotation(msgspec.Struct, gc=False):
     # Fields that are not listed (segmentation above all, nine tenths of the file) are skipped without being decoded.
-    id: int
-    image_id: int
-    category_id: int
+    id: _Int64
+    image_id: _Int64
+    category_id: _Int64
     bbox: tuple[float, float, float, float]
     area: float | None = None
     iscrowd: int | bool = 0
 
 
 class _Category(msgspec.Struct, gc=False):
-    id: int
+    id: _Int64
     name: str
 
 
