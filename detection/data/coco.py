@@ -378,14 +378,14 @@ def _decode_in_pieces(data: mmap.mmap) -> tuple[list[_Image], list[_Category], _
     """A large file without the objects of all its records at once; None if it has to be decoded as a whole.
 
     ``annotations`` is cut between two records about every megabyte. The objects of a piece stay in the processor's cache,
-    and the next piece uses their memory again: a quarter less time and a third less memory. What remains when the pieces
-    are taken out is again a file, with a short list.
+    and the next piece uses their memory again: train2017's size opens in a sixth less time and a quarter less memory. What
+    remains when the pieces are taken out is again a file, with a short list.
 
     Nothing has to be known of a cut but that it lies between braces: inside of a record or of a string it leaves brackets
     or quotes open, and the piece is not json. The rest begins its list with a marker, which is missing from the decoded
     rest if the list that was cut is not the one that counts (another thing in the file may have the name).
     """
-    found = _LIST_OF_RECORDS.match(data, max(data.find(b'"annotations"'), 0))
+    found = _LIST_OF_RECORDS.search(data)
     if found is None:
         return None
     decode = msgspec.json.Decoder(list[_Annotation]).decode
