@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class FeatureSpec(NamedTuple):
-    """What is known of a feature map before any picture is seen.
+    """What is known of a feature map before any image is seen.
 
     Attributes:
         channels: number of channels C of the map.

@@ -1,4 +1,4 @@
-"""What classification needs beyond a network: folders of pictures, transforms, the training step, top-k accuracy.
+"""What classification needs beyond a network: folders of images, transforms, the training step, top-k accuracy.
 
 The training loop is not here: it is the same for every task, and this file gives it its pieces.
 
@@ -25,13 +25,13 @@ from backbones.weights import IMAGENET_MEAN, IMAGENET_STD
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
-_NUM_SUBSTITUTES = 20  # unreadable pictures in a row before a training sample gives up
+_NUM_SUBSTITUTES = 20  # unreadable images in a row before a training sample gives up
 _NUM_NAMED = 8  # classes or files named in a message
 
 
 @dataclass(kw_only=True, slots=True)
 class TransformConfig:
-    """How pictures become inputs of the network."""
+    """How images become inputs of the network."""
 
     size: int = 224
     """Side of the square training input in pixels. Less than eval_size is quicker and often better: random crops show
@@ -39,21 +39,21 @@ class TransformConfig:
     eval_size: int = 224
     """Side of the square input in evaluation."""
     min_scale: float = 0.08
-    """A training crop takes this share of the picture's area at least (Szegedy et al. 2015, arXiv 1409.4842, section 6)."""
+    """A training crop takes this share of the image's area at least (Szegedy et al. 2015, arXiv 1409.4842, section 6)."""
     max_aspect: float = 4 / 3
     """Width over height of a training crop lies between this and its inverse."""
     flip: float = 0.5
-    """Probability that a training picture is mirrored left to right."""
+    """Probability that a training image is mirrored left to right."""
     color_jitter: float = 0.0
     """Brightness, contrast and saturation change by factors of up to 1 +- this."""
     trivial_augment: bool = False
-    """One random operation of random strength on each training picture (Mueller, Hutter 2021, arXiv 2103.10158)."""
+    """One random operation of random strength on each training image (Mueller, Hutter 2021, arXiv 2103.10158)."""
     random_erasing: float = 0.0
-    """Probability that a rectangle of a training picture is blanked (Zhong et al. 2017, arXiv 1708.04896)."""
+    """Probability that a rectangle of a training image is blanked (Zhong et al. 2017, arXiv 1708.04896)."""
     eval_resize: Literal["center_crop", "squash"] = "center_crop"
-    """center_crop: a square from the middle of the picture. squash: the whole picture, its sides scaled apart."""
+    """center_crop: a square from the middle of the image. squash: the whole image, its sides scaled apart."""
     eval_crop_share: float = 0.875
-    """With center_crop, side of the square over the shorter side of the picture (224 of 256 is the custom)."""
+    """With center_crop, side of the square over the shorter side of the image (224 of 256 is the custom)."""
 
     def validate(self) -> None:
         """Raise ValueError, with the value and what is allowed, where a value makes no sense."""
@@ -74,7 +74,7 @@ class TransformConfig:
 
 @dataclass(slots=True, frozen=True)
 class ImageFolder:
-    """The pictures of a folder that has a folder for each class (torchvision's layout).
+    """The images of a folder that has a folder for each class (torchvision's layout).
 
     Attributes:
         root: the folder.
@@ -96,7 +96,7 @@ class ImageFolder:
 
 
 def read_image_folder(root: str | Path, class_names: tuple[str, ...] | None = None) -> ImageFolder:
-    """List the pictures of ``root/CLASS/**``; hidden files and files of other kinds are left aside.
+    """List the images of ``root/CLASS/**``; hidden files and files of other kinds are left aside.
 
     Args:
         root: the folder.
@@ -104,19 +104,19 @@ def read_image_folder(root: str | Path, class_names: tuple[str, ...] | None = No
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no class folders, a class without pictures, or other classes than ``class_names``.
+        ValueError: no class folders, a class without images, or other classes than ``class_names``.
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"picture folder {root} does not exist or is not a folder")
+        raise FileNotFoundError(f"image folder {root} does not exist or is not a folder")
     found = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
     if not found:
-        raise ValueError(f"picture folder {root} has no class folders; pictures are expected as {root}/CLASS/NAME.jpg")
+        raise ValueError(f"image folder {root} has no class folders; images are expected as {root}/CLASS/NAME.jpg")
     if class_names is not None and found != class_names:
         missing = sorted(set(class_names) - set(found))
         extra = sorted(set(found) - set(class_names))
         raise ValueError(
-            f"picture folder {root} has other classes than the training data; missing: {_some(missing)}; "
+            f"image folder {root} has other classes than the training data; missing: {_some(missing)}; "
             f"not in the training data: {_some(extra)}"
         )
     files: list[bytes] = []
@@ -130,7 +130,7 @@ def read_image_folder(root: str | Path, class_names: tuple[str, ...] | None = No
         ]
         if not own:
             raise ValueError(
-                f"class folder {root / name} has no picture ({', '.join(sorted(IMAGE_SUFFIXES))}); add some or remove it"
+                f"class folder {root / name} has no image ({', '.join(sorted(IMAGE_SUFFIXES))}); add some or remove it"
             )
         files += sorted(own)
         labels += [label] * len(own)
@@ -138,7 +138,7 @@ def read_image_folder(root: str | Path, class_names: tuple[str, ...] | None = No
 
 
 class UnreadableImageError(ValueError):
-    """A picture that is not there or does not decode."""
+    """An image that is not there or does not decode."""
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
@@ -158,7 +158,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     except cv2.error:
         image = None
     if image is None:
-        raise UnreadableImageError(f"{path}: the picture does not decode ({encoded.size} bytes)")
+        raise UnreadableImageError(f"{path}: the image does not decode ({encoded.size} bytes)")
     return np.asarray(image, np.uint8)
 
 
@@ -200,7 +200,7 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The middle or the whole of a picture at the evaluation's size; nothing is random."""
+    """The middle or the whole of an image at the evaluation's size; nothing is random."""
 
     def __init__(self, config: TransformConfig) -> None:
         self.size = config.eval_size
@@ -219,12 +219,12 @@ class EvalTransform:
 
 
 class ClassifiedImage(NamedTuple):
-    """A picture with its class.
+    """An image with its class.
 
     Attributes:
-        image: uint8 [H, W, 3], RGB, at the network's input size; None for a picture of an evaluation that is unreadable.
+        image: uint8 [H, W, 3], RGB, at the network's input size; None for an image of an evaluation that is unreadable.
         label: 0 .. K-1.
-        skipped: "path: reason" of every unreadable picture in whose place this one stands.
+        skipped: "path: reason" of every unreadable image in whose place this one stands.
     """
 
     image: NDArray[np.uint8] | None
@@ -233,10 +233,10 @@ class ClassifiedImage(NamedTuple):
 
 
 class ClassificationDataset(Dataset[ClassifiedImage]):
-    """The pictures of a folder, each through a transform.
+    """The images of a folder, each through a transform.
 
     Its keys are (epoch, position): a worker process that lives through the whole training learns the epoch from the
-    key. With a ``TrainTransform`` another picture stands in for one that cannot be read; in evaluation it is left out.
+    key. With a ``TrainTransform`` another image stands in for one that cannot be read; in evaluation it is left out.
     """
 
     def __init__(self, folder: ImageFolder, transform: TrainTransform | EvalTransform) -> None:
@@ -248,7 +248,7 @@ class ClassificationDataset(Dataset[ClassifiedImage]):
         return len(self.folder)
 
     def __getitem__(self, key: tuple[int, int]) -> ClassifiedImage:
-        """The picture of (epoch, position)."""
+        """The image of (epoch, position)."""
         epoch, position = key
         skipped: list[str] = []
         positions = [position]
@@ -264,18 +264,18 @@ class ClassificationDataset(Dataset[ClassifiedImage]):
             label = int(self.folder.labels[place])
             return ClassifiedImage(self.transform(image, epoch, place), label, tuple(dict.fromkeys(skipped)))
         if self.training:
-            raise UnreadableImageError(f"{len(skipped)} pictures in a row cannot be read; the first: {skipped[0]}")
+            raise UnreadableImageError(f"{len(skipped)} images in a row cannot be read; the first: {skipped[0]}")
         return ClassifiedImage(None, int(self.folder.labels[position]), tuple(skipped))
 
 
 @dataclass(slots=True, kw_only=True)
 class ClassificationBatch:
-    """Pictures and their classes, stacked.
+    """Images and their classes, stacked.
 
     Attributes:
         images: uint8 [B, 3, H, W], RGB, channels-last in memory.
         labels: int64 [B].
-        skipped: "path: reason" of every picture that could not be read while this batch was made.
+        skipped: "path: reason" of every image that could not be read while this batch was made.
     """
 
     images: Tensor
@@ -300,7 +300,7 @@ class ClassificationBatch:
 
 
 def collate(samples: Sequence[ClassifiedImage]) -> ClassificationBatch:
-    """Stack pictures; those that could not be read are left out and named, so that a batch may be empty."""
+    """Stack images; those that could not be read are left out and named, so that a batch may be empty."""
     kept = [(sample.image, sample.label) for sample in samples if sample.image is not None]
     images = np.stack([image for image, _ in kept]) if kept else np.zeros((0, 1, 1, 3), np.uint8)
     return ClassificationBatch(
@@ -311,7 +311,7 @@ def collate(samples: Sequence[ClassifiedImage]) -> ClassificationBatch:
 
 
 class Normalise(nn.Module):
-    """Uint8 pictures to what the network was trained on; runs on the device, where it costs nothing.
+    """Uint8 images to what the network was trained on; runs on the device, where it costs nothing.
 
     Args:
         mean: per RGB channel, in units of pixel / 255.
@@ -334,11 +334,11 @@ class Normalise(nn.Module):
 
 
 class ClassificationStep(nn.Module):
-    """Pictures and labels to the loss: cross entropy with smoothed labels (Szegedy et al. 2016, arXiv 1512.00567, section 7).
+    """Images and labels to the loss: cross entropy with smoothed labels (Szegedy et al. 2016, arXiv 1512.00567, section 7).
 
     Args:
         model: the classifier.
-        normalise: what is done to the pictures first.
+        normalise: what is done to the images first.
         label_smoothing: share of the target that is spread evenly over all classes.
     """
 
@@ -355,12 +355,12 @@ class ClassificationStep(nn.Module):
 
 
 def count_correct(logits: Tensor, labels: Tensor, top: Sequence[int] = (1, 5)) -> Tensor:
-    """How many pictures have their label among the k highest logits.
+    """How many images have their label among the k highest logits.
 
     Args:
         logits: float [B, K]. Not-a-numbers rank above the label.
         labels: int64 [B].
-        top: the values of k; a k above K counts every picture.
+        top: the values of k; a k above K counts every image.
 
     Returns:
         int64 [len(top)].
@@ -377,7 +377,7 @@ class Accuracy:
 
     Attributes:
         counts: int64 [3] on the device: right at the first place, right among the first five, all.
-        skipped: "path: reason" of every picture that could not be read; they are in no count.
+        skipped: "path: reason" of every image that could not be read; they are in no count.
     """
 
     counts: Tensor
@@ -387,11 +387,11 @@ class Accuracy:
         """The shares top1 and top5.
 
         Raises:
-            ValueError: not one picture could be read.
+            ValueError: not one image could be read.
         """
         top1, top5, total = self.counts.tolist()
         if total == 0:
-            raise ValueError(f"no picture of the evaluation can be read: {_some(self.skipped)}")
+            raise ValueError(f"no image of the evaluation can be read: {_some(self.skipped)}")
         return {"top1": top1 / total, "top5": top5 / total}
 
 

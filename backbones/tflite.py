@@ -63,9 +63,9 @@ def is_tflite(path: Path) -> bool:
 
 
 def read_tflite(path: Path) -> tuple[Classifier, WeightsInfo, list[str]]:
-    """The classifier of a .tflite file: the same function of a picture, with batch norms that do nothing yet.
+    """The classifier of a .tflite file: the same function of an image, with batch norms that do nothing yet.
 
-    1,001 classes are ImageNet with a background class in front, which no picture has as its label: it is dropped, so
+    1,001 classes are ImageNet with a background class in front, which no image has as its label: it is dropped, so
     that the 1,000 classes stand in their usual order.
 
     Args:
@@ -113,20 +113,20 @@ def read_tflite(path: Path) -> tuple[Classifier, WeightsInfo, list[str]]:
 def unfold_norms(classifier: Classifier, batches: Iterable[Tensor]) -> int:
     """Give the batch norms of a folded network real statistics, without a change of what the network computes.
 
-    Every norm gets the mean m and the variance v of its convolution's output over sample pictures, the scale
+    Every norm gets the mean m and the variance v of its convolution's output over sample images, the scale
     sqrt(v + eps) and the shift bias + m: in evaluation it still adds the folded bias alone, and in training, where the
     statistics of a batch stand in, it does nearly the same. With the statistics left at 0 and 1 the first step in
     training mode would divide every channel by its own deviation and destroy the network.
 
     Args:
         classifier: as ``read_tflite`` gives it.
-        batches: normalised pictures, float [B, 3, H, W]; a few hundred pictures together.
+        batches: normalised images, float [B, 3, H, W]; a few hundred images together.
 
     Returns:
-        The number of pictures.
+        The number of images.
 
     Raises:
-        ValueError: there were no pictures.
+        ValueError: there were no images.
     """
     places = _places(classifier)
     sums = [torch.zeros(2, len(place.norm.bias), dtype=torch.float64) for place in places]
@@ -142,16 +142,16 @@ def unfold_norms(classifier: Classifier, batches: Iterable[Tensor]) -> int:
 
     # The network computes the same before and after, so one pass measures all layers at once.
     hooks = [place.norm.register_forward_pre_hook(measure(index)) for index, place in enumerate(places)]
-    num_pictures = 0
+    num_images = 0
     try:
         for images in batches:
             classifier.eval()(images)
-            num_pictures += len(images)
+            num_images += len(images)
     finally:
         for handle in hooks:
             handle.remove()
-    if num_pictures == 0:
-        raise ValueError("no pictures to measure batch norm statistics on")
+    if num_images == 0:
+        raise ValueError("no images to measure batch norm statistics on")
     for place, (total, squares), count in zip(places, sums, counts, strict=True):
         norm = place.norm
         running_mean, running_var = _statistics(place)
@@ -162,7 +162,7 @@ def unfold_norms(classifier: Classifier, batches: Iterable[Tensor]) -> int:
         running_var.copy_(variance)
         norm.weight.copy_((variance + norm.eps).sqrt())
         norm.bias.copy_(bias.double() + mean)
-    return num_pictures
+    return num_images
 
 
 def _places(classifier: Classifier) -> list[ConvNormAct]:

@@ -33,8 +33,8 @@ class WeightsInfo:
     """What has to travel with weights so that they can be used.
 
     Attributes:
-        mean: per RGB channel, in units of pixel / 255, subtracted from a picture.
-        std: per RGB channel, in units of pixel / 255; a picture is divided by it after the mean was subtracted.
+        mean: per RGB channel, in units of pixel / 255, subtracted from an image.
+        std: per RGB channel, in units of pixel / 255; an image is divided by it after the mean was subtracted.
         class_names: name of each output of the classifier, empty where nobody knows them.
         source: where the weights come from.
         licence: what may be done with them, as far as known.
@@ -61,7 +61,7 @@ def load_backbone(backbone: MobileNetV2, source: str | Path) -> WeightsInfo:
             download, checked by its hash.
 
     Returns:
-        What travels with the weights: among it the mean and std to normalise pictures with.
+        What travels with the weights: among it the mean and std to normalise images with.
 
     Raises:
         FileNotFoundError: no such file.

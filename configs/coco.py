@@ -29,7 +29,7 @@ def ssdlite_mnv2_320() -> DetectionConfig:
     The batch of 192 is over all GPUs together, so both commands train the same. It takes one GPU of 24 GB.
 
     The network, the matching, the mining and the losses are the paper's; the schedule is the one that public trainings
-    agree on: 192 pictures a batch, SGD with a cosine over hundreds of epochs, weight decay 4e-5 (mmdetection: 600 epochs,
+    agree on: 192 images a batch, SGD with a cosine over hundreds of epochs, weight decay 4e-5 (mmdetection: 600 epochs,
     21.3; torchvision with MobileNetV3: 660 epochs, 21.3). Ours starts from ImageNet and takes 300.
 
     Published: 22.1 AP on test-dev (the paper, table 6), 21.3 on val2017 (mmdetection). Not trained here.

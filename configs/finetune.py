@@ -14,19 +14,19 @@ from detection.model import DetectorConfig
 
 
 def detector() -> DetectionConfig:
-    """Fine-tune a detector on your own pictures, from an ImageNet backbone or another detector.
+    """Fine-tune a detector on your own images, from an ImageNet backbone or another detector.
 
         python tools/train_det.py configs/finetune.py:detector --data.train.annotations FILE --data.train.images DIR \
             --data.val.annotations FILE --data.val.images DIR --weights FILE --run-dir RUN
 
-    Made for some hundred to some ten thousand pictures on a CPU or one GPU. What differs from the paper's network and
+    Made for some hundred to some ten thousand images on a CPU or one GPU. What differs from the paper's network and
     training, and why:
 
-    * Six anchors a cell on the first map too, the smallest a tenth of the picture: objects of 10 to 20 % of the picture,
+    * Six anchors a cell on the first map too, the smallest a tenth of the image: objects of 10 to 20 % of the image,
       which most data sets of users are full of, find an anchor of their size.
     * AdamW with batches of 8: many steps in few epochs.
-    * The stem and the first two stages stay as they are: they take most of the time and see edges that all pictures share.
-    * Mild changes of the pictures: with few epochs the network should meet objects at the size they will have.
+    * The stem and the first two stages stay as they are: they take most of the time and see edges that all images share.
+    * Mild changes of the images: with few epochs the network should meet objects at the size they will have.
     """
     return DetectionConfig(
         model=DetectorConfig(
@@ -44,14 +44,14 @@ def detector() -> DetectionConfig:
 
 
 def classifier() -> ClassificationConfig:
-    """Fine-tune a classifier on your own folders of pictures, from ImageNet weights.
+    """Fine-tune a classifier on your own folders of images, from ImageNet weights.
 
         python tools/train_cls.py configs/finetune.py:classifier --data.train DIR --data.val DIR --weights FILE \
             --run-dir RUN
 
-    Made for some hundred to some ten thousand pictures on a CPU or one GPU. Training crops of 160 px for an evaluation
+    Made for some hundred to some ten thousand images on a CPU or one GPU. Training crops of 160 px for an evaluation
     at 224 take half the time and agree with it in the size of objects; the first stages, which take most of the time
-    and see edges that all pictures share, stay as they are.
+    and see edges that all images share, stay as they are.
     """
     return ClassificationConfig(
         backbone_lr_scale=0.2,

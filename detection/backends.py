@@ -1,6 +1,6 @@
 """What runs a detector's network when it predicts: torch, torch.compile, ONNX Runtime or OpenVINO.
 
-All of them take the same pictures and say the same to 1e-4; post-processing is ours with each. ONNX Runtime and OpenVINO
+All of them take the same images and say the same to 1e-4; post-processing is ours with each. ONNX Runtime and OpenVINO
 are extra packages (``pip install litedet[export]``) and are imported when they are asked for.
 """
 
@@ -22,7 +22,7 @@ from detection.structures import RawPredictions
 
 Backend = Literal["torch", "compile", "onnxruntime", "openvino"]
 Network = Callable[[Tensor], RawPredictions]
-"""uint8 [B, 3, H, W], RGB -> raw predictions, on the device of the pictures."""
+"""uint8 [B, 3, H, W], RGB -> raw predictions, on the device of the images."""
 
 
 def build_network(model: Detector, backend: Backend, device: torch.device) -> Network:
@@ -33,7 +33,7 @@ def build_network(model: Detector, backend: Backend, device: torch.device) -> Ne
         backend: "torch" runs it as it is, on an x86 processor with its convolutions packed. "compile" compiles it at the
             first call, which takes a minute or so. "onnxruntime" and "openvino" run on CPUs, with as many threads as torch
             has at this moment.
-        device: where the pictures will be.
+        device: where the images will be.
 
     Raises:
         ValueError: a package that is not installed, a backend that does not run on the device.
@@ -73,7 +73,7 @@ def _can_pack() -> bool:
 def _packed(model: Detector) -> Detector:
     """A copy of a detector whose weights lie as oneDNN wants them, with ReLU6 computed inside the convolutions.
 
-    A plain convolution lays its weights out anew at every call, which is a sixth of the network's time for one picture. The
+    A plain convolution lays its weights out anew at every call, which is a sixth of the network's time for one image. The
     detector itself stays as it is; what is loaded into it later does not reach the copy.
     """
     packed = copy.deepcopy(model)
@@ -182,7 +182,7 @@ def _onnxruntime(onnx: bytes, num_threads: int) -> Callable[[Tensor], tuple[Tens
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
-    # Otherwise its threads keep the cores busy for a while after each picture, and post-processing goes at half the speed.
+    # Otherwise its threads keep the cores busy for a while after each image, and post-processing goes at half the speed.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
 

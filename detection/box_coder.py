@@ -17,7 +17,7 @@ class BoxCoder:
 
     centre_weight = 10.0
     size_weight = 5.0
-    # exp(4.1) * the largest anchor leaves every picture: a cap there keeps an untrained network's boxes finite.
+    # exp(4.1) * the largest anchor leaves every image: a cap there keeps an untrained network's boxes finite.
     max_log_ratio = math.log(1000 / 16)
 
     def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Box formats and overlaps. Nothing here looks at a picture or at a weight.
+"""Box formats and overlaps. Nothing here looks at an image or at a weight.
 
 ``xyxy`` is x1, y1, x2, y2; ``xywh`` x1, y1, width, height; ``cxcywh`` the centre, width, height. All in the same unit.
 Letters in shapes: N and M boxes; ``...`` any leading dimensions.
@@ -29,8 +29,8 @@ def box_area(boxes: Tensor) -> Tensor:
 def paired_iou(first: Tensor, second: Tensor) -> Tensor:
     """Intersection over union of every box of one set with every box of another.
 
-    ``torchvision.ops.box_iou`` takes one picture; this one takes a batch, because a loop over pictures would be a launch
-    of kernels per picture.
+    ``torchvision.ops.box_iou`` takes one image; this one takes a batch, because a loop over images would be a launch
+    of kernels per image.
 
     Args:
         first: xyxy [..., N, 4].

@@ -33,23 +33,23 @@ from detection.engine.runtime import Runtime
 from detection.engine.trainer import TrainConfig
 from detection.plain import differences
 from detection.published import locate
-from detection.visualize import picture_grid
+from detection.visualize import image_grid
 
 _log = logging.getLogger(__name__)
 
-_NUM_PICTURES = 8  # drawn for TensorBoard
+_NUM_IMAGES = 8  # drawn for TensorBoard
 
 
 @dataclass(kw_only=True, slots=True)
 class ClassificationDataConfig:
     train: Path | None = None
-    """A folder of pictures to learn from, with a folder for each class."""
+    """A folder of images to learn from, with a folder for each class."""
     val: Path | None = None
-    """A folder of pictures to measure accuracy on, with the same classes."""
+    """A folder of images to measure accuracy on, with the same classes."""
     workers: int = 2
-    """Processes that read and augment pictures. 0: the training process itself."""
+    """Processes that read and augment images. 0: the training process itself."""
     val_batch_size: int = 32
-    """Pictures of a batch in evaluation, per process. It changes speed and memory, not accuracy."""
+    """Images of a batch in evaluation, per process. It changes speed and memory, not accuracy."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,7 +68,7 @@ class ClassificationConfig:
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     """The network."""
     data: ClassificationDataConfig = field(default_factory=ClassificationDataConfig)
-    """Which pictures."""
+    """Which images."""
     transform: TransformConfig = field(default_factory=TransformConfig)
     """How they are changed."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -98,7 +98,7 @@ class ClassificationConfig:
 
 
 class ClassificationTask:
-    """Train a classifier on one folder of pictures and measure its accuracy on another.
+    """Train a classifier on one folder of images and measure its accuracy on another.
 
     Args:
         config: validated; its data must name both folders.
@@ -108,7 +108,7 @@ class ClassificationTask:
         model: the network.
         step: network and loss, what the engine calls.
         metric: the figure that decides which weights are the best.
-        num_train: training pictures.
+        num_train: training images.
         lr_scales: factor of the learning rate of the backbone.
         class_names: name of each label.
 
@@ -123,7 +123,7 @@ class ClassificationTask:
         self.runtime = runtime
         if config.data.train is None or config.data.val is None:
             missing = "train" if config.data.train is None else "val"
-            raise ValueError(f"no --data.{missing} given; a folder with a folder of pictures for each class is needed")
+            raise ValueError(f"no --data.{missing} given; a folder with a folder of images for each class is needed")
         train_folder = read_image_folder(config.data.train)
         self.class_names = train_folder.class_names
         val_folder = read_image_folder(config.data.val, self.class_names)
@@ -176,7 +176,7 @@ class ClassificationTask:
         return self._train_loader
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The shares top1 and top5 of the validation pictures."""
+        """The shares top1 and top5 of the validation images."""
         accuracy = measure_accuracy(model, self._val_loader, self.normalise, self.runtime.device)
         self.runtime.sum_over_processes(accuracy.counts)
         skipped = sorted(self.runtime.union_over_processes(accuracy.skipped))
@@ -185,7 +185,7 @@ class ClassificationTask:
         total = len(skipped) + int(accuracy.counts[2])
         if len(skipped) > share * total:
             raise ValueError(
-                f"{len(skipped)} of {total} validation pictures cannot be read, more than --train.max-skipped-share "
+                f"{len(skipped)} of {total} validation images cannot be read, more than --train.max-skipped-share "
                 f"{share:g} allows: {'; '.join(skipped[:5])}. Repair them, take them out, or raise the share"
             )
         for text in skipped:
@@ -203,25 +203,25 @@ class ClassificationTask:
             }
         }
 
-    def log_pictures(self, writer: SummaryWriter, step: int, batch: ClassificationBatch, model: nn.Module) -> None:
-        """Training pictures as the network sees them, with the class they are to teach and the one it says now."""
-        images = batch.images[:_NUM_PICTURES]
+    def log_images(self, writer: SummaryWriter, step: int, batch: ClassificationBatch, model: nn.Module) -> None:
+        """Training images as the network sees them, with the class they are to teach and the one it says now."""
+        images = batch.images[:_NUM_IMAGES]
         with torch.inference_mode():
             predicted = model(self.normalise(images)).argmax(1).tolist()
         drawn = []
-        labels = batch.labels[:_NUM_PICTURES].tolist()
+        labels = batch.labels[:_NUM_IMAGES].tolist()
         for image, label, guess in zip(images.permute(0, 2, 3, 1).cpu().numpy(), labels, predicted, strict=True):
             canvas = np.ascontiguousarray(image)
             color = (0, 160, 0) if label == guess else (220, 0, 0)
             for line, text in enumerate((self.class_names[label], self.class_names[guess])):
                 cv2.putText(canvas, text, (4, 16 * (line + 1)), cv2.FONT_HERSHEY_SIMPLEX, 0.5, color, 1, cv2.LINE_AA)
             drawn.append(canvas)
-        writer.add_image("training/pictures", picture_grid(drawn), step, dataformats="HWC")
+        writer.add_image("training/images", image_grid(drawn), step, dataformats="HWC")
 
     def weights_info(self) -> WeightsInfo:
         """What travels with the trained weights."""
         began = self._weights_info.source or self.config.weights
-        trained = f"trained on {self.num_train} pictures of {len(self.class_names)} classes"
+        trained = f"trained on {self.num_train} images of {len(self.class_names)} classes"
         return WeightsInfo(
             mean=self._weights_info.mean,
             std=self._weights_info.std,

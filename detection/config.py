@@ -34,16 +34,16 @@ class DataConfig:
     root: Path | None = None
     """Relative paths of the splits start here."""
     train: SplitConfig = field(default_factory=SplitConfig)
-    """Pictures to learn from."""
+    """Images to learn from."""
     val: SplitConfig = field(default_factory=SplitConfig)
-    """Pictures to measure AP on."""
+    """Images to measure AP on."""
     workers: int = 2
-    """Processes that read and augment pictures. 0: the training process itself."""
+    """Processes that read and augment images. 0: the training process itself."""
     val_batch_size: int = 16
-    """Pictures of a batch in evaluation, per process. It changes speed and memory, not AP."""
+    """Images of a batch in evaluation, per process. It changes speed and memory, not AP."""
 
     def split(self, name: str) -> tuple[Path, Path]:
-        """(annotation file, picture folder) of ``train`` or ``val``, under ``root``."""
+        """(annotation file, image folder) of ``train`` or ``val``, under ``root``."""
         split: SplitConfig = getattr(self, name)
         for what, value in (("annotations", split.annotations), ("images", split.images)):
             if value is None:
@@ -70,9 +70,9 @@ class DetectionConfig:
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     """How its predictions become detections."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    """How training pictures are changed."""
+    """How training images are changed."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Which pictures."""
+    """Which images."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How long, how fast, on what."""
 

@@ -86,13 +86,13 @@ class Converted:
         return lines + self.remarks
 
 
-def convert(path: Path, class_names: tuple[str, ...] = (), pictures: Iterable[Any] | None = None) -> Converted:
+def convert(path: Path, class_names: tuple[str, ...] = (), images: Iterable[Any] | None = None) -> Converted:
     """Read a file of another library.
 
     Args:
         path: the file.
         class_names: names of the classes, for files that hold none; empty for what the file says.
-        pictures: sample pictures, uint8 [H, W, 3] RGB at the network's input size, to measure the batch norm statistics of
+        images: sample images, uint8 [H, W, 3] RGB at the network's input size, to measure the batch norm statistics of
             a network whose norms are folded. None leaves them folded: fit for prediction, not for training.
 
     Raises:
@@ -108,10 +108,10 @@ def convert(path: Path, class_names: tuple[str, ...] = (), pictures: Iterable[An
     if compressed:
         with tempfile.TemporaryDirectory() as folder:
             inside = unpack(path, Path(folder))
-            converted = convert(inside, class_names, pictures)
+            converted = convert(inside, class_names, images)
         converted.info.source += f" in {path.name}"
         return converted
-    converted = _convert(path, class_names, pictures)
+    converted = _convert(path, class_names, images)
     converted.info.source += f", sha256 {_sha256(path)}"
     return converted
 
@@ -148,14 +148,14 @@ def unpack(archive: Path, folder: Path) -> Path:
     return target
 
 
-def _convert(path: Path, class_names: tuple[str, ...], pictures: Iterable[Any] | None) -> Converted:
+def _convert(path: Path, class_names: tuple[str, ...], images: Iterable[Any] | None) -> Converted:
     if is_tflite(path):
         classifier, info, remarks = read_tflite(path)
-        if pictures is None:
+        if images is None:
             remarks.append("the batch norms stay folded: good for prediction, not for training (--statistics-from)")
         else:
-            num_pictures = unfold_norms(classifier, _batches(pictures, info))
-            remarks.append(f"batch norm statistics measured on {num_pictures} pictures")
+            num_images = unfold_norms(classifier, _batches(images, info))
+            remarks.append(f"batch norm statistics measured on {num_images} images")
         return Converted(
             layout="TensorFlow Lite MobileNetV2 classifier",
             model=classifier,
@@ -198,11 +198,11 @@ def _with_names(
     return replace(info, class_names=class_names)
 
 
-def _batches(pictures: Iterable[Any], info: WeightsInfo, size: int = 16) -> Iterable[Tensor]:
+def _batches(images: Iterable[Any], info: WeightsInfo, size: int = 16) -> Iterable[Tensor]:
     mean, std = (torch.tensor(values).mul(255).view(1, 3, 1, 1) for values in (info.mean, info.std))
     batch: list[Tensor] = []
-    for picture in pictures:
-        batch.append(torch.from_numpy(picture).permute(2, 0, 1))
+    for image in images:
+        batch.append(torch.from_numpy(image).permute(2, 0, 1))
         if len(batch) == size:
             yield (torch.stack(batch).float() - mean) / std
             batch = []

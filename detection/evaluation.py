@@ -3,7 +3,7 @@
 The matching and counting is done by ``faster_coco_eval`` (C++) or by ``pycocotools``, the reference, which takes 12 times
 as long. Both give the same figures; tests/test_evaluation.py holds them together.
 
-Letters in shapes: I pictures, N boxes (ground truth or detections), K classes, T IoU thresholds, R recall levels,
+Letters in shapes: I images, N boxes (ground truth or detections), K classes, T IoU thresholds, R recall levels,
 S area ranges (all, small, medium, large), D limits on the number of detections (1, 10, 100).
 """
 
@@ -37,7 +37,7 @@ Backend = Literal["faster", "pycocotools"]
 
 _log = logging.getLogger(__name__)
 
-_NUM_NAMED = 10  # unreadable pictures that a warning names before it only counts
+_NUM_NAMED = 10  # unreadable images that a warning names before it only counts
 
 # How each figure is cut out of the arrays of precision or recall: (array, IoU threshold or all, area range, limit).
 _FIGURES: dict[str, tuple[Literal["precision", "recall"], float | None, int, int]] = {
@@ -66,9 +66,9 @@ class EvaluationResult:
             the figure could be taken of (``AP_small`` without a small object), as COCO has it.
         class_ap: AP of each evaluated class, None for a class without ground truth.
         class_counts: objects of each evaluated class in the ground truth, crowds not counted.
-        num_images: pictures of the annotation file; all of them count.
+        num_images: images of the annotation file; all of them count.
         num_detections: detections that took part.
-        unreadable: "path: reason" of every picture that could not be read. Such a picture counts as one in which nothing
+        unreadable: "path: reason" of every image that could not be read. Such an image counts as one in which nothing
             was found.
     """
 
@@ -81,7 +81,7 @@ class EvaluationResult:
 
 
 class _Boxes(NamedTuple):
-    """Ground truth or detections as both backends take them, grouped by picture.
+    """Ground truth or detections as both backends take them, grouped by image.
 
     Attributes:
         image_ids: int64 [N], ascending.
@@ -135,7 +135,7 @@ class CocoEvaluator:
         if not counts.any():
             which = "" if classes is None else f" of {', '.join(map(repr, self.class_names))}"
             raise ValueError(
-                f"{index.path}: no ground truth to evaluate on: {len(index)} pictures, {len(index.labels)} annotations, and "
+                f"{index.path}: no ground truth to evaluate on: {len(index)} images, {len(index.labels)} annotations, and "
                 f"not one box{which} that is not a crowd"
             )
         self._known = set(index.image_ids.tolist())
@@ -151,18 +151,18 @@ class CocoEvaluator:
         self._label_arrays: list[NDArray[np.int64]] = []
 
     def update(self, image_ids: Sequence[int] | Tensor, detections: Sequence[Detections]) -> None:
-        """Take the detections of some pictures. A picture that was there before keeps its first detections.
+        """Take the detections of some images. An image that was there before keeps its first detections.
 
         Args:
             image_ids: B ids of the annotation file.
-            detections: what was found in each, boxes in pixels of the picture on disk.
+            detections: what was found in each, boxes in pixels of the image on disk.
 
         Raises:
             ValueError: an id that the annotation file does not have, or more ids than detections.
         """
         ids = image_ids.tolist() if isinstance(image_ids, Tensor) else list(image_ids)
         if len(ids) != len(detections):
-            raise ValueError(f"{len(ids)} image ids came with the detections of {len(detections)} pictures")
+            raise ValueError(f"{len(ids)} image ids came with the detections of {len(detections)} images")
         kept = []
         for image_id, found in zip(ids, detections, strict=True):
             if image_id not in self._known:
@@ -180,11 +180,11 @@ class CocoEvaluator:
         )
 
     def note_unreadable(self, reasons: Iterable[str]) -> None:
-        """Name pictures that could not be read; they count as pictures in which nothing was found."""
+        """Name images that could not be read; they count as images in which nothing was found."""
         self._unreadable.update(dict.fromkeys(reasons))
 
     def merge_across_processes(self) -> None:
-        """Bring all detections to process 0; every process has to call it. Each picture counts once.
+        """Bring all detections to process 0; every process has to call it. Each image counts once.
 
         Without a process group nothing happens. Afterwards ``compute`` is for process 0 alone.
         """
@@ -197,7 +197,7 @@ class CocoEvaluator:
             return
         self.reset()
         for seen, unreadable, image_ids, boxes, scores, labels in gathered:
-            # A sampler that pads its share gives the same picture to two processes: the first one's detections stand.
+            # A sampler that pads its share gives the same image to two processes: the first one's detections stand.
             new = set(seen) - self._seen
             rows = np.isin(image_ids, np.fromiter(new, np.int64, len(new)))
             self._append(image_ids[rows], boxes[rows], scores[rows], labels[rows])
@@ -205,7 +205,7 @@ class CocoEvaluator:
             self.note_unreadable(unreadable)
 
     def compute(self) -> EvaluationResult:
-        """The figures over every picture of the annotation file; a picture without detections counts as just that."""
+        """The figures over every image of the annotation file; an image without detections counts as just that."""
         truth, found = self._ground_truth(), self._detections()
         counts = _count_faster if self.backend == "faster" else _count_pycocotools
         precision, recall = [], []
@@ -263,7 +263,7 @@ class CocoEvaluator:
     def _detections(self) -> _Boxes:
         image_ids, boxes, scores, labels = self._arrays()
         rows = np.flatnonzero(np.isin(labels, self._labels))
-        # Pictures come in ascending order however the work was shared: equal scores are counted in that order.
+        # Images come in ascending order however the work was shared: equal scores are counted in that order.
         rows = rows[np.argsort(image_ids[rows], kind="stable")]
         xyxy = boxes[rows].astype(np.float64)
         xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1)
@@ -271,7 +271,7 @@ class CocoEvaluator:
 
 
 def only_classes(index: CocoIndex, names: Sequence[str]) -> CocoIndex:
-    """The same file without the records of all other classes; pictures, labels and categories stay.
+    """The same file without the records of all other classes; images, labels and categories stay.
 
     Raises:
         ValueError: the file has no class of one of these names.
@@ -309,7 +309,7 @@ def write_json(path: str | Path, content: object) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationTiming:
-    """Where the time of ``evaluate`` went, in milliseconds per picture of this process.
+    """Where the time of ``evaluate`` went, in milliseconds per image of this process.
 
     Attributes:
         network: from the batch on the device to raw predictions.
@@ -330,7 +330,7 @@ def evaluate(
     device: torch.device,
     amp: Literal["off", "bf16", "fp16"] = "off",
 ) -> EvaluationTiming:
-    """Hand everything that a detector finds in the pictures of a loader to an evaluator.
+    """Hand everything that a detector finds in the images of a loader to an evaluator.
 
     The network runs in evaluation mode and is left in the mode it came in. In a run of several processes each goes through
     its own share; ``evaluator.merge_across_processes()`` comes after.
@@ -339,14 +339,14 @@ def evaluate(
         model: images [B, 3, H, W] -> RawPredictions, on ``device``.
         loader: batches with ``placements``, as an ``EvalTransform`` makes them.
         postprocess: see ``detection.postprocess.Postprocess``.
-        evaluator: takes the detections, and the names of pictures that could not be read.
+        evaluator: takes the detections, and the names of images that could not be read.
         device: where ``model`` is.
         amp: number format of the network's convolutions; "off" is float32.
     """
     autocast = torch.autocast(
         device.type, dtype=torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off"
     )
-    num_pictures, network, post, wait = 0, 0.0, 0.0, 0.0
+    num_images, network, post, wait = 0, 0.0, 0.0, 0.0
     unreadable: list[str] = []
     was_training = model.training
     model.eval()
@@ -369,18 +369,18 @@ def evaluate(
                 evaluator.update(batch.image_ids, detections)
             done = time.perf_counter()
             wait, network, post = wait + arrived - start, network + predicted - arrived, post + done - predicted
-            num_pictures += len(batch)
+            num_images += len(batch)
             start = done
     finally:
         bar.close()
         model.train(was_training)
     for reason in unreadable[:_NUM_NAMED]:
-        _log.warning("cannot be read, counts as a picture in which nothing was found: %s", reason)
+        _log.warning("cannot be read, counts as an image in which nothing was found: %s", reason)
     if len(unreadable) > _NUM_NAMED:
         _log.warning("... and %d more", len(unreadable) - _NUM_NAMED)
     evaluator.note_unreadable(unreadable)
-    per_picture = 1000 / max(num_pictures, 1)
-    return EvaluationTiming(network=network * per_picture, postprocess=post * per_picture, wait=wait * per_picture)
+    per_image = 1000 / max(num_images, 1)
+    return EvaluationTiming(network=network * per_image, postprocess=post * per_image, wait=wait * per_image)
 
 
 def _now(device: torch.device) -> float:
@@ -397,7 +397,7 @@ def _records(boxes: _Boxes, last: Literal["iscrowd", "score"]) -> dict[str, Any]
     """The boxes of one class as a COCO file's dict.
 
     Annotations are numbered from 1 here, whatever their ids in the file: both libraries take a match with annotation 0 for
-    no match. Pictures with no box of the class on either side add nothing to any sum and are not mentioned.
+    no match. Images with no box of the class on either side add nothing to any sum and are not mentioned.
     """
     kind = int if last == "iscrowd" else float
     rows = zip(boxes.image_ids.tolist(), boxes.xywh.tolist(), boxes.areas.tolist(), boxes.last.tolist(), strict=True)

@@ -1,9 +1,9 @@
 """The training loss of SSD: what the raw predictions should have been.
 
-The whole batch at once: no loop over pictures, no boolean indexing, nothing that makes the host wait for the device, so
+The whole batch at once: no loop over images, no boolean indexing, nothing that makes the host wait for the device, so
 that the step compiles into one graph and CUDA never idles.
 
-Letters in shapes: B batch, A anchors, M objects of a picture (padded), C columns of class logits.
+Letters in shapes: B batch, A anchors, M objects of an image (padded), C columns of class logits.
 """
 
 from dataclasses import dataclass, field
@@ -28,9 +28,9 @@ class LossConfig:
     matcher: MatcherConfig = field(default_factory=MatcherConfig)
     """How anchors and objects are matched."""
     negatives_per_positive: float = 3.0
-    """Hard-negative mining: the worst negatives of a picture that count, for each of its positives."""
+    """Hard-negative mining: the worst negatives of an image that count, for each of its positives."""
     min_negatives: int = 3
-    """Hard-negative mining: negatives that count at least. A picture without objects teaches through these."""
+    """Hard-negative mining: negatives that count at least. An image without objects teaches through these."""
     box_weight: float = 1.0
     """Weight of the box loss."""
     classification_weight: float = 1.0
@@ -76,7 +76,7 @@ class DetectionLoss(nn.Module):
     """Smooth L1 on the box code of the positives, and a classification loss on positives and negatives.
 
     Both are summed over the batch and divided by the number of positives in it (SSD, arXiv 1512.02325, eq. 1). Across
-    processes that number is the mean over all of them, so that a picture weighs the same however pictures fall on GPUs.
+    processes that number is the mean over all of them, so that an image weighs the same however images fall on GPUs.
 
     Args:
         config: see ``LossConfig``.
@@ -105,7 +105,7 @@ class DetectionLoss(nn.Module):
 
         Returns:
             Scalars: ``loss`` (the weighted sum, to be minimised), ``loss_box``, ``loss_class`` and, for the log,
-            ``positives`` (matched anchors a picture).
+            ``positives`` (matched anchors an image).
         """
         logits, encodings = raw.class_logits.float(), raw.box_encodings.float()
         B, A, C = logits.shape
@@ -114,7 +114,7 @@ class DetectionLoss(nn.Module):
             if target.valid.shape[1]:
                 labels = torch.gather(target.labels, 1, objects)
                 boxes = torch.gather(target.boxes, 1, objects[..., None].expand(B, A, 4))
-            else:  # no picture of the batch has an object
+            else:  # no image of the batch has an object
                 labels, boxes = torch.zeros_like(objects), torch.zeros_like(encodings)
             # Anchors without an object get themselves as target: finite numbers that are then masked away.
             boxes = torch.where(positive[..., None], boxes, raw.anchors)
@@ -149,14 +149,14 @@ class DetectionLoss(nn.Module):
 
     @torch.no_grad()
     def hard_negatives(self, logits: Tensor, positive: Tensor) -> Tensor:
-        """The negatives of each picture that look least like background (SSD, section 2.2, "Hard negative mining").
+        """The negatives of each image that look least like background (SSD, section 2.2, "Hard negative mining").
 
         Args:
             logits: float32 [B, A, C], column 0 the background.
             positive: bool [B, A].
 
         Returns:
-            bool [B, A]: the ``negatives_per_positive`` times as many negatives as the picture has positives, and at least
+            bool [B, A]: the ``negatives_per_positive`` times as many negatives as the image has positives, and at least
             ``min_negatives``, with the lowest probability of background.
         """
         background = logits.log_softmax(-1)[..., 0].masked_fill(positive, float("inf"))

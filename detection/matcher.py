@@ -1,6 +1,6 @@
 """Which anchor answers for which object.
 
-Letters in shapes: B batch, A anchors, M objects of a picture (padded).
+Letters in shapes: B batch, A anchors, M objects of an image (padded).
 """
 
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class Matcher:
             anchors: xyxy [A, 4].
 
         Returns:
-            The matches of all pictures. A picture without objects has no positive.
+            The matches of all images. An image without objects has no positive.
         """
         B, M = valid.shape
         A = len(anchors)

@@ -31,7 +31,7 @@ class DetectorConfig:
     input_size: tuple[int, int] = (320, 320)
     """(height, width) of the network's input in pixels, at least 96 each. Need not be square."""
     resize: ResizeMode = "stretch"
-    """How a picture comes to the input size: sides scaled each for itself, or both alike with a border. stretch_tensorflow
+    """How an image comes to the input size: sides scaled each for itself, or both alike with a border. stretch_tensorflow
     picks pixels as TensorFlow 1 does, for weights of it: without averaging, and shifted by up to half a pixel."""
     features: tuple[str, ...] = ("stride16_expansion", "last")
     """Names of the backbone's maps that the head sees, from the finest."""
@@ -146,13 +146,13 @@ class Detector(nn.Module):
         return red, green, blue
 
     def forward(self, images: Tensor) -> RawPredictions:
-        """Pictures at the config's input size -> what every anchor says.
+        """Images at the config's input size -> what every anchor says.
 
         Args:
             images: [B, 3, H, W], RGB in 0..255, uint8 or floating point.
 
         Raises:
-            ValueError: the pictures have another size than the anchors were made for.
+            ValueError: the images have another size than the anchors were made for.
         """
         if tuple(images.shape[-2:]) != tuple(self.config.input_size):
             raise ValueError(

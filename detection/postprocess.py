@@ -1,6 +1,6 @@
 """From raw predictions to detections, in one pass over all classes.
 
-Letters in shapes: B batch, A anchors, C columns of class logits, N candidates of a picture.
+Letters in shapes: B batch, A anchors, C columns of class logits, N candidates of an image.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ class PostprocessConfig:
     nms_threshold: float = 0.55
     """Of two boxes of a class that overlap more than this (IoU), the one with the lower score goes."""
     candidates: int = 1000
-    """The best (anchor, class) pairs of a picture that non-maximum suppression sees."""
+    """The best (anchor, class) pairs of an image that non-maximum suppression sees."""
     max_detections: int = 300
-    """Detections of a picture at most."""
+    """Detections of an image at most."""
 
     def validate(self) -> None:
         if not 0 <= self.score_threshold < 1:
@@ -71,24 +71,24 @@ class Postprocess:
         return scores
 
     def __call__(self, raw: RawPredictions, placements: Tensor, original_sizes: Tensor) -> list[Detections]:
-        """The detections of each picture.
+        """The detections of each image.
 
         Args:
             raw: predictions [B, A, ...].
-            placements: float32 [B, 4], where each picture lies in the network's input (``Placement``).
-            original_sizes: int64 [B, 2], (height, width) of each picture.
+            placements: float32 [B, 4], where each image lies in the network's input (``Placement``).
+            original_sizes: int64 [B, 2], (height, width) of each image.
 
         Returns:
-            B detections, best first, boxes in pixels of the picture and inside it.
+            B detections, best first, boxes in pixels of the image and inside it.
         """
         scores = self.scores(raw.class_logits)
         encodings = raw.box_encodings.float()
         placements = placements.to(encodings)
         limits = original_sizes.to(encodings).flip(-1)  # [B, 2]: width, height
-        pictures = zip(scores, encodings, placements, limits, strict=True)
-        return [self._picture(*picture, anchors=raw.anchors) for picture in pictures]
+        images = zip(scores, encodings, placements, limits, strict=True)
+        return [self._image(*image, anchors=raw.anchors) for image in images]
 
-    def _picture(
+    def _image(
         self, scores: Tensor, encodings: Tensor, placement: Tensor, limit: Tensor, anchors: Tensor
     ) -> Detections:
         C = scores.shape[-1]
@@ -98,10 +98,10 @@ class Postprocess:
         scores, order = scores[pairs].topk(min(self.config.candidates, len(pairs)))  # [N], best first
         pairs = pairs[order]
         rows, columns = pairs // C, pairs % C
-        boxes = to_picture(self.box_coder.decode(encodings[rows], anchors[rows]), placement)
+        boxes = to_image(self.box_coder.decode(encodings[rows], anchors[rows]), placement)
 
         best = self._suppress(boxes, scores, columns)
-        # Clipped last, as TensorFlow does: two boxes that stick out of the picture differ more than what is left of them.
+        # Clipped last, as TensorFlow does: two boxes that stick out of the image differ more than what is left of them.
         boxes = boxes[best].unflatten(-1, (2, 2)).clamp(min=0).minimum(limit).flatten(-2)
         has_sides = boxes[:, 2:] > boxes[:, :2]
         if not has_sides.all():
@@ -125,8 +125,8 @@ class Postprocess:
             count *= 2
 
 
-def to_picture(boxes: Tensor, placement: Tensor) -> Tensor:
-    """Boxes in pixels of the network's input -> pixels of the picture on disk, not clipped to it.
+def to_image(boxes: Tensor, placement: Tensor) -> Tensor:
+    """Boxes in pixels of the network's input -> pixels of the image on disk, not clipped to it.
 
     Args:
         boxes: xyxy [N, 4].

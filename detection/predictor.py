@@ -1,9 +1,9 @@
-"""A detector for use: pictures in, detections out.
+"""A detector for use: images in, detections out.
 
 from detection import load_detector
 
 detector = load_detector("runs/detector/best.pt")
-detections = detector(image)  # RGB uint8 [H, W, 3], or the path of a picture
+detections = detector(image)  # RGB uint8 [H, W, 3], or the path of an image
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ Image = NDArray[np.uint8] | str | Path
 
 
 class Predictor:
-    """A detector with everything around it: placing the picture, the network, post-processing.
+    """A detector with everything around it: placing the image, the network, post-processing.
 
     Args:
         model: the network; batch norms are folded into the convolutions, so it can no longer be trained.
@@ -59,13 +59,13 @@ class Predictor:
         """Find objects.
 
         Args:
-            images: RGB uint8 [H, W, 3] of any size, or the path of a picture; or a list of these, which makes one batch.
+            images: RGB uint8 [H, W, 3] of any size, or the path of an image; or a list of these, which makes one batch.
 
         Returns:
-            The detections of the picture, on the CPU, boxes in its pixels; a list of them for a list.
+            The detections of the image, on the CPU, boxes in its pixels; a list of them for a list.
 
         Raises:
-            FileNotFoundError, ValueError: a picture that is not there, does not decode, or is no RGB uint8 array.
+            FileNotFoundError, ValueError: an image that is not there, does not decode, or is no RGB uint8 array.
         """
         if isinstance(images, np.ndarray | str | Path):
             return self([images])[0]
@@ -125,18 +125,18 @@ def fold_norms(model: Detector) -> Detector:
 
 
 def read_image(path: str | Path) -> NDArray[np.uint8]:
-    """A picture file as RGB uint8 [H, W, 3], turned as its EXIF data says.
+    """An image file as RGB uint8 [H, W, 3], turned as its EXIF data says.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file does not decode as a picture.
+        ValueError: the file does not decode as an image.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such picture")
+        raise FileNotFoundError(f"{path}: no such image")
     # Through memory, not cv2.imread: that one cannot open every file name on Windows.
     image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB) if Path(path).stat().st_size else None
     if image is None:
-        raise ValueError(f"{path} does not decode as a picture")
+        raise ValueError(f"{path} does not decode as an image")
     return np.asarray(image, np.uint8)
 
 
@@ -145,7 +145,7 @@ def _as_array(image: Image) -> NDArray[np.uint8]:
         return read_image(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(
-            f"a picture is an RGB uint8 array of shape (height, width, 3), got {image.dtype} {image.shape}; "
+            f"an image is an RGB uint8 array of shape (height, width, 3), got {image.dtype} {image.shape}; "
             "a grey one becomes RGB with cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)"
         )
     return image

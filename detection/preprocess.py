@@ -1,4 +1,4 @@
-"""A picture at the network's input size: one function for evaluation, prediction and film, so that all see the same pixels."""
+"""An image at the network's input size: one function for evaluation, prediction and video, so that all see the same pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from detection.structures import Placement, ResizeMode
 def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     """Resize uint8 [H, W, 3] to (height, width).
 
-    Bilinear up to a shrinkage of two: there every pixel of the picture still has a share in the result, and averaging
+    Bilinear up to a shrinkage of two: there every pixel of the image still has a share in the result, and averaging
     over areas takes five times as long (1.1 against 0.2 ms from 640x480 to 320x320, more than decoding the JPEG).
     Beyond two, where bilinear sampling would skip pixels, averaging over areas.
     """
@@ -27,15 +27,15 @@ def resize(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]
 def resize_as_tensorflow(image: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
     """Resize uint8 [H, W, 3] to (height, width) with TensorFlow 1's bilinear sampling (``align_corners=False``).
 
-    Pixel i of the result is the picture at i * H / height: not at the middle of the pixel, and without averaging where the
-    picture shrinks. Networks trained so have learnt both.
+    Pixel i of the result is the image at i * H / height: not at the middle of the pixel, and without averaging where the
+    image shrinks. Networks trained so have learnt both.
     """
     height, width = size
     if image.shape[:2] == size:
         return image
-    to_picture = np.array([[image.shape[1] / width, 0, 0], [0, image.shape[0] / height, 0]])
+    to_image = np.array([[image.shape[1] / width, 0, 0], [0, image.shape[0] / height, 0]])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    resized = cv2.warpAffine(image, to_picture, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    resized = cv2.warpAffine(image, to_image, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
     return np.asarray(resized, np.uint8)
 
 
@@ -45,7 +45,7 @@ def place(
     resize_mode: ResizeMode,
     fill: tuple[int, int, int],
 ) -> tuple[NDArray[np.uint8], Placement]:
-    """Bring a picture to the network's input size.
+    """Bring an image to the network's input size.
 
     Args:
         image: uint8 [H, W, 3], RGB.
@@ -55,7 +55,7 @@ def place(
         fill: RGB of the bars.
 
     Returns:
-        The picture, uint8 [height, width, 3], and where the original lies in it.
+        The image, uint8 [height, width, 3], and where the original lies in it.
     """
     (height, width), (input_height, input_width) = image.shape[:2], input_size
     if resize_mode == "stretch":

@@ -31,7 +31,7 @@ class Published:
     """An entry of the list.
 
     Attributes:
-        kind: "detector", "classifier", or "folded classifier", whose batch norms need sample pictures.
+        kind: "detector", "classifier", or "folded classifier", whose batch norms need sample images.
         url: of the file.
         sha256: of the file, or the first digits of it; empty where nobody gives one.
         sha256_from: who gives it.
@@ -74,7 +74,7 @@ def locate(source: str | Path) -> str | Path:
 
     Raises:
         FileNotFoundError: neither a file nor a published name.
-        ValueError: weights that need sample pictures first, or a file with another hash.
+        ValueError: weights that need sample images first, or a file with another hash.
         OSError: no network, with the place where the file can be put by hand.
     """
     name = str(source)
@@ -99,7 +99,7 @@ def locate(source: str | Path) -> str | Path:
         )
     if entry.kind == "folded classifier":
         raise ValueError(
-            f"{name} has its batch norms folded and cannot be trained on as it is; convert it with sample pictures: "
+            f"{name} has its batch norms folded and cannot be trained on as it is; convert it with sample images: "
             f"python tools/convert_weights.py {name} OUT.safetensors --statistics-from FOLDER"
         )
     return fetch_converted(name)

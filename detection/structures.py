@@ -5,7 +5,7 @@
 * Sizes are (height, width).
 * Images are RGB uint8 until they reach the device; the network normalises them itself.
 
-Letters in shapes: B batch, H W height and width, A anchors, M objects of a picture (padded), N boxes, K classes,
+Letters in shapes: B batch, H W height and width, A anchors, M objects of an image (padded), N boxes, K classes,
 C columns of class logits (K, or K + 1 with the background as column 0).
 """
 
@@ -19,14 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# How a picture comes to the network's input size; see ``detection.preprocess.place``.
+# How an image comes to the network's input size; see ``detection.preprocess.place``.
 ResizeMode = Literal["stretch", "letterbox", "stretch_tensorflow"]
 
 _Batch = TypeVar("_Batch", bound="Batch")
 
 
 class Placement(NamedTuple):
-    """Where a picture lies in the network's input: input_x = picture_x * scale_x + offset_x, the same for y."""
+    """Where an image lies in the network's input: input_x = image_x * scale_x + offset_x, the same for y."""
 
     scale_x: float
     scale_y: float
@@ -36,16 +36,16 @@ class Placement(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Sample:
-    """One picture as a dataset gives it, ready to stand in a batch.
+    """One image as a dataset gives it, ready to stand in a batch.
 
     Attributes:
         image: uint8 [H, W, 3], RGB, already at the network's input size.
         boxes: float32 [N, 4], xyxy in pixels of ``image``.
         labels: int64 [N].
-        image_id: the id of the picture in its annotation file.
-        original_size: (height, width) of the picture on disk.
-        placement: where the picture on disk lies in ``image``. After a random flip or crop it means nothing.
-        skipped: "path: reason" of every unreadable picture in whose place this one stands.
+        image_id: the id of the image in its annotation file.
+        original_size: (height, width) of the image on disk.
+        placement: where the image on disk lies in ``image``. After a random flip or crop it means nothing.
+        skipped: "path: reason" of every unreadable image in whose place this one stands.
     """
 
     image: NDArray[np.uint8]
@@ -73,15 +73,15 @@ class Target(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Batch:
-    """Pictures and their objects, stacked.
+    """Images and their objects, stacked.
 
     Attributes:
         images: uint8 [B, 3, H, W], RGB, channels-last in memory.
         boxes, labels, valid: the fields of ``Target``.
         image_ids: int64 [B].
-        original_sizes: int64 [B, 2], (height, width) of each picture on disk.
+        original_sizes: int64 [B, 2], (height, width) of each image on disk.
         placements: float32 [B, 4], the fields of ``Placement`` in their order.
-        skipped: "path: reason" of every picture that could not be read while this batch was made.
+        skipped: "path: reason" of every image that could not be read while this batch was made.
     """
 
     images: Tensor
@@ -137,10 +137,10 @@ class RawPredictions(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Detections:
-    """What was found in one picture, best first.
+    """What was found in one image, best first.
 
     Attributes:
-        boxes: float32 [N, 4], xyxy in pixels of the picture as it was given.
+        boxes: float32 [N, 4], xyxy in pixels of the image as it was given.
         scores: float32 [N] in 0..1.
         labels: int64 [N].
         class_names: name of each label, empty where nobody knows them.

@@ -22,12 +22,12 @@ from detection.model import Detector, TrainingStep
 from detection.plain import to_plain
 from detection.published import locate
 from detection.structures import Batch
-from detection.visualize import draw_detections, draw_target, picture_grid
+from detection.visualize import draw_detections, draw_target, image_grid
 from detection.weights import DetectorInfo, adopt_network, start_from
 
 _log = logging.getLogger(__name__)
 
-_NUM_PICTURES = 8  # drawn for TensorBoard
+_NUM_IMAGES = 8  # drawn for TensorBoard
 _SHOWN_SCORE = 0.3  # detections below are not drawn there
 
 
@@ -42,7 +42,7 @@ class DetectionTask:
         model: the network.
         step: network and loss, what the engine calls.
         metric: the figure that decides which weights are the best.
-        num_train: training pictures.
+        num_train: training images.
         lr_scales: factor of the learning rate of the backbone.
 
     Raises:
@@ -117,7 +117,7 @@ class DetectionTask:
         return self._train_loader
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The twelve COCO figures on the validation pictures."""
+        """The twelve COCO figures on the validation images."""
         evaluator = CocoEvaluator(self.val_index)
         evaluate(model, self._val_loader, self.postprocess, evaluator, self.runtime.device, amp=self.config.train.amp)
         evaluator.merge_across_processes()
@@ -132,9 +132,9 @@ class DetectionTask:
         )
         return {"detector": to_plain(info)}
 
-    def log_pictures(self, writer: SummaryWriter, step: int, batch: Batch, model: nn.Module) -> None:
-        """Training pictures with the boxes they teach, and what the network finds in them now."""
-        shown = slice(0, _NUM_PICTURES)
+    def log_images(self, writer: SummaryWriter, step: int, batch: Batch, model: nn.Module) -> None:
+        """Training images with the boxes they teach, and what the network finds in them now."""
+        shown = slice(0, _NUM_IMAGES)
         images = batch.images[shown].permute(0, 2, 3, 1).cpu().numpy()
         names = self.train_index.class_names
         targets = [
@@ -143,13 +143,13 @@ class DetectionTask:
                 images, batch.boxes[shown].cpu(), batch.labels[shown].cpu(), batch.valid[shown].cpu(), strict=True
             )
         ]
-        writer.add_image("training/targets", picture_grid(targets), step, dataformats="HWC")
+        writer.add_image("training/targets", image_grid(targets), step, dataformats="HWC")
         with torch.inference_mode():
             raw = model(batch.images[shown])
-        # The picture is the network's input itself: it lies where it is.
+        # The image is the network's input itself: it lies where it is.
         height, width = batch.images.shape[-2:]
         placements = torch.tensor([[1.0, 1.0, 0.0, 0.0]], device=raw.box_encodings.device).expand(len(images), 4)
         sizes = torch.tensor([[height, width]], device=placements.device).expand(len(images), 2)
         found = [d.cpu().above(_SHOWN_SCORE) for d in self.postprocess(raw, placements, sizes)]
         drawn = [draw_detections(np.ascontiguousarray(image), d) for image, d in zip(images, found, strict=True)]
-        writer.add_image("training/predictions", picture_grid(drawn), step, dataformats="HWC")
+        writer.add_image("training/predictions", image_grid(drawn), step, dataformats="HWC")

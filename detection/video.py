@@ -1,4 +1,4 @@
-"""Films in and out, by OpenCV: a source that is read ahead in a thread, and a file that is written.
+"""Videos in and out, by OpenCV: a source that is read ahead in a thread, and a file that is written.
 
 Frames are RGB uint8 [H, W, 3]; OpenCV's BGR begins and ends in this file.
 """
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from detection.predictor import read_image
 
-PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-FILM_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4")
-PICTURES_PER_SECOND = 2.0  # the rate of a folder of pictures
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4")
+IMAGES_PER_SECOND = 2.0  # the rate of a folder of images
 USUAL_RATE = 30.0  # frames per second of a camera that does not tell its own
 STREAM_TIMEOUT = 10.0  # seconds without a word from a stream after which it has ended
 
@@ -37,7 +37,7 @@ class Frame:
         image: uint8 RGB [H, W, 3].
         index: 0, 1, 2, ... in the order of the source. Where a live source is faster than its reader, numbers are missing.
         time: seconds since the first frame given; of a live source by the clock, of a file by its time stamps.
-        name: file name of the picture, in a folder of pictures; else None.
+        name: file name of the image, in a folder of images; else None.
     """
 
     image: NDArray[np.uint8]
@@ -50,26 +50,26 @@ class FrameReader:
     """Reads a source ahead in a thread, so that decoding and detection run side by side.
 
     A file waits for its reader: every frame is given. A camera or a live stream does not wait: a frame that was not
-    fetched when the next one comes is dropped, so the picture never lags behind.
+    fetched when the next one comes is dropped, so the image never lags behind.
 
-    with FrameReader("film.mp4") as reader:
+    with FrameReader("video.mp4") as reader:
         for frame in reader: ...
 
     Args:
-        source: a video file, a picture, a folder of pictures, the number of a camera, or the URL of a stream.
+        source: a video file, an image, a folder of images, the number of a camera, or the URL of a stream.
         read_ahead: frames that a file may be ahead of its reader.
 
     Attributes:
         rate: frames per second of the source.
-        size: (height, width) of its first frame. Pictures of a folder may differ.
+        size: (height, width) of its first frame. Images of a folder may differ.
         num_frames: frames in it, as its header says; None where nobody knows.
         live: whether it goes on without waiting.
         num_read: frames given so far.
         num_dropped: frames of a live source that nobody fetched in time.
-        skipped: "path: reason" of every picture of a folder that could not be read.
+        skipped: "path: reason" of every image of a folder that could not be read.
 
     Raises:
-        FileNotFoundError: no such file, or a folder without pictures.
+        FileNotFoundError: no such file, or a folder without images.
         OSError: it is there but cannot be read: no video, no camera of this number, no answer from the stream.
     """
 
@@ -81,13 +81,13 @@ class FrameReader:
         self.num_dropped = 0
         self.skipped: list[str] = []
         self._broke: str | None = None
-        if _is_camera(self.source) or "://" in self.source or _is_film(self.source):
+        if _is_camera(self.source) or "://" in self.source or _is_video(self.source):
             frames = self._open_video()
         else:
-            frames = self._open_pictures()
+            frames = self._open_images()
         first = next(frames, None)
         if first is None:
-            reason = self._broke or (f"the first: {self.skipped[0]}" if self.skipped else "it holds no picture")
+            reason = self._broke or (f"the first: {self.skipped[0]}" if self.skipped else "it holds no image")
             raise OSError(f"{self.source}: not one frame could be read ({reason})")
         height, width = first.image.shape[:2]
         self.size = (height, width)
@@ -198,22 +198,22 @@ class FrameReader:
 
         return frames()
 
-    def _open_pictures(self) -> Generator[Frame, None, None]:
+    def _open_images(self) -> Generator[Frame, None, None]:
         path = Path(self.source)
         if path.is_dir():
-            paths = [one for one in path.iterdir() if one.suffix.lower() in PICTURE_SUFFIXES and one.is_file()]
+            paths = [one for one in path.iterdir() if one.suffix.lower() in IMAGE_SUFFIXES and one.is_file()]
             paths.sort(key=_natural_order)
             if not paths:
-                raise FileNotFoundError(f"{path}: no pictures in this folder ({', '.join(PICTURE_SUFFIXES)})")
+                raise FileNotFoundError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
         elif path.exists():
             paths = [path]
         else:
             raise FileNotFoundError(
-                f"{path}: no such file or folder; a source is a video, a picture, a folder of pictures, "
+                f"{path}: no such file or folder; a source is a video, an image, a folder of images, "
                 "the number of a camera (0 is the first) or the URL of a stream"
             )
         self.num_frames = len(paths)
-        self.rate = PICTURES_PER_SECOND
+        self.rate = IMAGES_PER_SECOND
 
         def frames() -> Generator[Frame, None, None]:
             index = 0
@@ -229,7 +229,7 @@ class FrameReader:
         return frames()
 
 
-class FilmWriter:
+class VideoWriter:
     """Writes frames to a video file (MPEG-4 part 2, which OpenCV's own builds can write everywhere).
 
     ``supervision.VideoSink`` wraps the same OpenCV writer; this one also takes RGB, fits frames of another size, keeps
@@ -238,7 +238,7 @@ class FilmWriter:
 
     Args:
         path: the suffix gives the format: .mp4, .mov, .m4v, .mkv or .avi. The folder is made if it is not there.
-        size: (height, width) of the film. MPEG-4 has even sides only: an odd one loses its last row or column.
+        size: (height, width) of the video. MPEG-4 has even sides only: an odd one loses its last row or column.
         rate: frames per second.
 
     Attributes:
@@ -254,23 +254,23 @@ class FilmWriter:
         self.size = size
         self.rate = rate
         self.num_frames = 0
-        if self.path.suffix.lower() not in FILM_SUFFIXES:
-            raise ValueError(f"{path}: a film is written as one of {', '.join(FILM_SUFFIXES)}")
+        if self.path.suffix.lower() not in VIDEO_SUFFIXES:
+            raise ValueError(f"{path}: a video is written as one of {', '.join(VIDEO_SUFFIXES)}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with _quiet_opencv():
             four_letters = cv2.VideoWriter.fourcc(*"mp4v")
             self._writer = cv2.VideoWriter(str(self.path), four_letters, rate, (size[1], size[0]))
         if not self._writer.isOpened():
             raise OSError(
-                f"{path}: the film cannot be written ({size[1]} x {size[0]}, {rate:g} frames/s); is it writable?"
+                f"{path}: the video cannot be written ({size[1]} x {size[0]}, {rate:g} frames/s); is it writable?"
             )
 
     def write(self, image: NDArray[np.uint8], time: float | None = None) -> None:
         """Adds a frame.
 
         Args:
-            image: uint8 RGB [H, W, 3]. One of another size than the film is fitted into it, its sides in proportion.
-            time: seconds since the first frame, for a source that drops frames: the film repeats this one until it has
+            image: uint8 RGB [H, W, 3]. One of another size than the video is fitted into it, its sides in proportion.
+            time: seconds since the first frame, for a source that drops frames: the video repeats this one until it has
                 caught up with the clock, and leaves it out where it is ahead. None: one frame each.
         """
         bgr = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), np.uint8)
@@ -296,7 +296,7 @@ class FilmWriter:
         if held < self.num_frames - 1:  # not every format keeps the exact number
             raise OSError(f"{self.path}: {held} of {self.num_frames} frames are in the file; is the disk full?")
 
-    def __enter__(self) -> "FilmWriter":
+    def __enter__(self) -> "VideoWriter":
         return self
 
     def __exit__(
@@ -308,31 +308,31 @@ class FilmWriter:
             self._writer.release()  # the error under way says more than a check would
 
 
-def write_film(path: str | Path, images: Iterable[NDArray[np.uint8]], rate: float) -> int:
-    """Writes uint8 RGB pictures as a film of the first one's size and returns their number.
+def write_video(path: str | Path, images: Iterable[NDArray[np.uint8]], rate: float) -> int:
+    """Writes uint8 RGB images as a video of the first one's size and returns their number.
 
     Raises:
-        ValueError: there is no picture; see also ``FilmWriter``.
-        OSError: see ``FilmWriter``.
+        ValueError: there is no image; see also ``VideoWriter``.
+        OSError: see ``VideoWriter``.
     """
     iterator = iter(images)
     first = next(iterator, None)
     if first is None:
-        raise ValueError(f"{path}: a film needs at least one picture")
+        raise ValueError(f"{path}: a video needs at least one image")
     height, width = first.shape[:2]
-    with FilmWriter(path, (height, width), rate) as film:
-        film.write(first)
+    with VideoWriter(path, (height, width), rate) as video:
+        video.write(first)
         for image in iterator:
-            film.write(image)
-    return film.num_frames
+            video.write(image)
+    return video.num_frames
 
 
 def _is_camera(source: str) -> bool:
     return source.isdecimal()
 
 
-def _is_film(source: str) -> bool:
-    return Path(source).is_file() and Path(source).suffix.lower() not in PICTURE_SUFFIXES
+def _is_video(source: str) -> bool:
+    return Path(source).is_file() and Path(source).suffix.lower() not in IMAGE_SUFFIXES
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:

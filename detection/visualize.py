@@ -1,6 +1,6 @@
-"""Boxes, class names and scores drawn on pictures, and pictures laid side by side. Drawing is supervision's.
+"""Boxes, class names and scores drawn on images, and images laid side by side. Drawing is supervision's.
 
-Everything here takes and gives RGB uint8; supervision draws in OpenCV's BGR, so pictures are turned at its border.
+Everything here takes and gives RGB uint8; supervision draws in OpenCV's BGR, so images are turned at its border.
 """
 
 from collections.abc import Sequence
@@ -44,10 +44,10 @@ def draw_detections(image: NDArray[np.uint8], detections: Detections, min_side: 
     Args:
         image: uint8 RGB [H, W, 3]; it stays as it is.
         detections: boxes in pixels of ``image``.
-        min_side: a picture whose longer side is below this is enlarged before drawing, so that its labels can be read.
+        min_side: an image whose longer side is below this is enlarged before drawing, so that its labels can be read.
 
     Returns:
-        A new picture, uint8 RGB; the given one, enlarged or not, where there are no boxes.
+        A new image, uint8 RGB; the given one, enlarged or not, where there are no boxes.
     """
     texts = [f"{name} {score:.2f}" for name, score in zip(detections.names(), detections.scores.tolist(), strict=True)]
     return _draw(image, detections, texts, min_side)
@@ -70,7 +70,7 @@ def draw_target(
         min_side: as for ``draw_detections``.
 
     Returns:
-        A new picture, uint8 RGB.
+        A new image, uint8 RGB.
     """
     target = Detections(
         boxes=torch.as_tensor(boxes).reshape(-1, 4),
@@ -107,33 +107,33 @@ def _draw(image: NDArray[np.uint8], detections: Detections, texts: list[str], mi
         text_scale=text_scale,
         text_thickness=max(1, thickness // 2),
         text_padding=max(2, round(text_scale * 6)),
-        smart_position=len(found) <= _MOST_SPREAD,  # keeps labels inside the picture and apart
+        smart_position=len(found) <= _MOST_SPREAD,  # keeps labels inside the image and apart
     )
     scene = labels.annotate(boxes.annotate(scene, found), found, texts[::-1])
     return np.asarray(cv2.cvtColor(scene, cv2.COLOR_BGR2RGB), np.uint8)
 
 
-def picture_grid(
+def image_grid(
     images: Sequence[NDArray[np.uint8]], columns: int | None = None, cell: int = 320, gap: int = 4
 ) -> NDArray[np.uint8]:
-    """Lays pictures of any size side by side, each fitted into a cell with its sides in proportion.
+    """Lays images of any size side by side, each fitted into a cell with its sides in proportion.
 
     Args:
         images: uint8 RGB [H, W, 3] each.
-        columns: pictures in a row; by default as many as make the sheet about square.
-        cell: longer side of the largest picture in the sheet, in pixels.
-        gap: pixels between two pictures.
+        columns: images in a row; by default as many as make the sheet about square.
+        cell: longer side of the largest image in the sheet, in pixels.
+        gap: pixels between two images.
 
     Returns:
-        uint8 RGB; the cells are as high and wide as the pictures fitted need, so equal pictures leave no bands.
+        uint8 RGB; the cells are as high and wide as the images fitted need, so equal images leave no bands.
 
     Raises:
-        ValueError: no picture was given, or a number is not positive.
+        ValueError: no image was given, or a number is not positive.
     """
     if not len(images):
-        raise ValueError("picture_grid: no picture was given; it needs at least one")
+        raise ValueError("image_grid: no image was given; it needs at least one")
     if cell < 1 or gap < 0 or (columns is not None and columns < 1):
-        raise ValueError(f"picture_grid: columns {columns}, cell {cell} and gap {gap} must be positive")
+        raise ValueError(f"image_grid: columns {columns}, cell {cell} and gap {gap} must be positive")
     columns = min(len(images), columns or int(np.ceil(np.sqrt(len(images)))))
     rows = -(-len(images) // columns)
     fitted = []
@@ -155,7 +155,7 @@ def picture_grid(
 
 
 def draw_frame_rate(image: NDArray[np.uint8], frames_per_second: float) -> NDArray[np.uint8]:
-    """A new picture with "12.3 frames/s" in its upper left corner, on a dark ground."""
+    """A new image with "12.3 frames/s" in its upper left corner, on a dark ground."""
     scale = max(_SMALLEST_TEXT, sv.calculate_optimal_text_scale((image.shape[1], image.shape[0])))
     text, padding = f"{frames_per_second:.1f} frames/s", max(2, round(scale * 8))
     (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)

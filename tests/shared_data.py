@@ -1,4 +1,4 @@
-"""Real pictures and weights beside the checkout; tests that need them skip, and say so, where they are not."""
+"""Real images and weights beside the checkout; tests that need them skip, and say so, where they are not."""
 
 from pathlib import Path
 

@@ -23,7 +23,7 @@ PLAIN = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
 
 
 def draw(size: tuple[int, int], seed: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.int64]]:
-    """A dark picture with up to six rectangles that do not touch, each in the colour of its label."""
+    """A dark image with up to six rectangles that do not touch, each in the colour of its label."""
     rng, (height, width) = np.random.default_rng(seed), size
     image = np.zeros((height, width, 3), np.uint8)
     boxes = []
@@ -74,18 +74,18 @@ def check_valid(placed: Placed, input_size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("config", [AugmentConfig(), ssd_augment(), finetune_augment()])
-def test_picture_without_objects(config: AugmentConfig) -> None:
+def test_image_without_objects(config: AugmentConfig) -> None:
     image = np.full((48, 64, 3), 200, np.uint8)
     transform = TrainTransform(config, (32, 32), fill=(0, 0, 0))
     for index in range(50):
         placed = transform(decoder(image), (48, 64), NO_BOXES, NO_LABELS, 0, index)
         check_valid(placed, (32, 32))
-        assert placed.image.max() > 20, "the sample shows nothing of its picture"
+        assert placed.image.max() > 20, "the sample shows nothing of its image"
 
 
 @pytest.mark.parametrize("resize_mode", ["stretch", "letterbox"])
 @pytest.mark.parametrize("recipe", [ssd_augment, finetune_augment])
-# Views of the larger pictures are decoded at 1/2, 1/4 and 1/8; their sides are no multiples of any of them.
+# Views of the larger images are decoded at 1/2, 1/4 and 1/8; their sides are no multiples of any of them.
 @pytest.mark.parametrize("size", [(90, 120), (180, 240), (401, 603), (803, 601)])
 def test_boxes_fit_their_objects(
     recipe: Any, size: tuple[int, int], resize_mode: Literal["stretch", "letterbox"]
@@ -93,10 +93,10 @@ def test_boxes_fit_their_objects(
     config = replace(recipe(), **PLAIN, vertical_flip=0.5, quarter_turns=0.5, min_size=4.0)
     input_size = (72, 96)
     transform = TrainTransform(config, input_size, resize_mode=resize_mode, fill=(0, 0, 0))
-    pictures = [draw(size, seed) for seed in range(3)]
+    images = [draw(size, seed) for seed in range(3)]
     reductions, num_boxes = set(), 0
     for index in range(60):
-        image, boxes, labels = pictures[index % 3]
+        image, boxes, labels = images[index % 3]
         decode = decoder(image)
 
         def watched(reduction: int, decode: Any = decode) -> Any:
@@ -106,7 +106,7 @@ def test_boxes_fit_their_objects(
         placed = transform(watched, size, boxes, labels, 0, index)
         check_valid(placed, input_size)
         enlarged = max(placed.placement.scale_x, placed.placement.scale_y)
-        check_fit(placed, 1.5 + enlarged)  # a blurred edge, and a pixel of the picture
+        check_fit(placed, 1.5 + enlarged)  # a blurred edge, and a pixel of the image
         num_boxes += len(placed.boxes)
     assert num_boxes > 60
     if size[0] > 400:
@@ -121,7 +121,7 @@ def test_identity() -> None:
     assert placed.placement == (1, 1, 0, 0)
 
 
-def test_a_picture_no_larger_than_the_view_is_not_reduced() -> None:
+def test_a_image_no_larger_than_the_view_is_not_reduced() -> None:
     asked = []
 
     def decode(reduction: int) -> NDArray[np.uint8]:
@@ -134,7 +134,7 @@ def test_a_picture_no_larger_than_the_view_is_not_reduced() -> None:
 
 
 def one(config: AugmentConfig, boxes: list[list[float]], size: tuple[int, int] = (60, 80)) -> Placed:
-    """The sample of a picture whose upper left quarter is white, at its own size."""
+    """The sample of an image whose upper left quarter is white, at its own size."""
     image = np.zeros((*size, 3), np.uint8)
     image[: size[0] // 2, : size[1] // 2] = 255
     array = np.array(boxes, np.float32).reshape(-1, 4)
@@ -164,7 +164,7 @@ def test_quarter_turns_of_a_wide_input() -> None:
 
 
 def test_minimum_overlap_is_kept() -> None:
-    # One object of 40x30 in a picture of 80x60: a crop with an overlap of at least 0.5 is at most twice as large as
+    # One object of 40x30 in an image of 80x60: a crop with an overlap of at least 0.5 is at most twice as large as
     # the object.
     config = AugmentConfig(crop_probability=1.0, crop_min_overlaps=(0.5,))
     image = np.zeros((60, 80, 3), np.uint8)
@@ -182,7 +182,7 @@ def test_minimum_overlap_is_kept() -> None:
         assert iou >= 0.5 - 0.03  # the view lies on whole pixels
 
 
-def test_an_overlap_out_of_reach_leaves_the_whole_picture() -> None:
+def test_an_overlap_out_of_reach_leaves_the_whole_image() -> None:
     placed = one(AugmentConfig(crop_probability=1.0, crop_min_overlaps=(0.9,)), [[10, 5, 12, 7]])
     assert placed.placement == (1, 1, 0, 0)
 
@@ -253,7 +253,7 @@ def test_values_without_meaning_are_refused(field: str, value: Any) -> None:
         TrainTransform(config, (64, 64))
 
 
-def test_evaluation_places_the_whole_picture() -> None:
+def test_evaluation_places_the_whole_image() -> None:
     image, boxes, labels = draw((60, 120), 0)
     placed = EvalTransform((60, 60))(decoder(image), (60, 120), boxes, labels, 0, 0)
     np.testing.assert_allclose(placed.boxes, boxes * [0.5, 1, 0.5, 1])

@@ -52,7 +52,7 @@ def test_packed_convolutions_say_the_same(folded: bool, padding: PaddingMode) ->
     model = Detector(config, 3).to(memory_format=torch.channels_last)
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.momentum = 1.0  # statistics of the pictures below: answers of a size that can be compared
+            layer.momentum = 1.0  # statistics of the images below: answers of a size that can be compared
     with torch.no_grad():
         model(torch.randint(0, 256, (4, 3, 96, 128), dtype=torch.uint8))
     model = fold_norms(model.eval()) if folded else model.eval()
@@ -120,7 +120,7 @@ def test_the_package_imports_no_backend() -> None:
 
 
 @pytest.mark.slow
-def test_the_onnx_file_takes_pictures_as_they_are() -> None:
+def test_the_onnx_file_takes_images_as_they_are() -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     graph = onnx.load_from_string(to_onnx(small_detector()[0])).graph

@@ -34,7 +34,7 @@ def test_the_peer_is_the_same_network() -> None:
     model = Detector(DetectorConfig(), 80)
     images = torch.randint(0, 256, (4, 3, 320, 320), dtype=torch.uint8)
     drawn.draw_weights(model, images)
-    # The last maps have 1 to 4 cells: batch norms that saw four pictures of noise there blow
+    # The last maps have 1 to 4 cells: batch norms that saw four images of noise there blow
     # rounding up a thousandfold. Hence double precision and the same rounded mean for both.
     model.eval().double()
     peer = build_peer(model, PostprocessConfig()).double()
@@ -138,19 +138,19 @@ def test_detections_have_some_ap(tmp_path: Path) -> None:
 
 
 def test_what_a_data_set_costs_does_not_grow_with_it(tmp_path: Path) -> None:
-    pictures = draw_detection_set(tmp_path / "p", num_train=6, num_val=1, size=(480, 640))
-    names = tuple(path.name for path in sorted(pictures.train_images.glob("*.jpg")))
-    per_picture, per_detection, calls = [], [], []
+    images = draw_detection_set(tmp_path / "p", num_train=6, num_val=1, size=(480, 640))
+    names = tuple(path.name for path in sorted(images.train_images.glob("*.jpg")))
+    per_image, per_detection, calls = [], [], []
     for size in (250, 1000, 4000):
         index = CocoIndex.read(drawn.draw_annotations(tmp_path / f"{size}.json", size, size * 7, names))
         evaluator = CocoEvaluator(index)
         detections = drawn.draw_detections(index, 10)
         scale.feed(evaluator, index, detections)
-        per_picture.append((scale.array_bytes(index) - 80 * 8) / size)  # 80 category ids, however many pictures
+        per_image.append((scale.array_bytes(index) - 80 * 8) / size)  # 80 category ids, however many images
         per_detection.append((scale.array_bytes(evaluator) - 80 * 8) / len(detections[0]))
-        dataset = DetectionDataset(index, pictures.train_images, EvalTransform((320, 320)))
+        dataset = DetectionDataset(index, images.train_images, EvalTransform((320, 320)))
         calls.append(_calls(partial(dataset.__getitem__, (0, 7))))
-    assert per_picture == pytest.approx([per_picture[0]] * 3, rel=0.02)
+    assert per_image == pytest.approx([per_image[0]] * 3, rel=0.02)
     assert per_detection == [36.0] * 3  # 8 id, 16 box, 4 score, 8 label
     assert calls[0] == calls[1] == calls[2]
 
@@ -176,19 +176,17 @@ def _calls(run: Callable[[], object]) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="reads a worker's memory from /proc (Linux)")
 def test_a_worker_does_not_grow_over_an_epoch(tmp_path: Path) -> None:
-    pictures = draw_detection_set(tmp_path / "p", num_train=6, num_val=1, size=(480, 640))
-    names = tuple(path.name for path in sorted(pictures.train_images.glob("*.jpg")))
+    images = draw_detection_set(tmp_path / "p", num_train=6, num_val=1, size=(480, 640))
+    names = tuple(path.name for path in sorted(images.train_images.glob("*.jpg")))
     index = CocoIndex.read(drawn.draw_annotations(tmp_path / "a.json", 4000, 28_000, names))
-    dataset = DetectionDataset(index, pictures.train_images, EvalTransform((320, 320)))
-    # A batch of 16 pictures is 4.7 MiB; forty of them must not leave even two behind.
+    dataset = DetectionDataset(index, images.train_images, EvalTransform((320, 320)))
+    # A batch of 16 images is 4.7 MiB; forty of them must not leave even two behind.
     assert scale.worker_growth(dataset, samples=42 * 16) < 8 * 1024
 
 
 def test_batches_are_pinned_and_copied_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = draw_detection_set(tmp_path, num_train=4, num_val=1, size=(96, 96))
-    dataset = DetectionDataset(
-        CocoIndex.read(pictures.train_annotations), pictures.train_images, EvalTransform((96, 96))
-    )
+    images = draw_detection_set(tmp_path, num_train=4, num_val=1, size=(96, 96))
+    dataset = DetectionDataset(CocoIndex.read(images.train_annotations), images.train_images, EvalTransform((96, 96)))
     loader = build_loader(dataset, batch_size=2, pin_memory=True)
     assert loader.pin_memory
     assert build_loader(dataset, batch_size=2).pin_memory is False
@@ -234,11 +232,11 @@ def test_a_comparison_by_hand() -> None:
 
 
 @pytest.mark.slow
-def test_the_tool_writes_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tool_writes_json_and_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     arguments = ["--stages", "predict", "postprocess", "train", "loader", "open", "evaluate", "--rounds", "1"]
-    arguments += ["--threads", str(threads), "--batch-size", "2", "--open-pictures", "300", "--open-boxes", "2000"]
-    arguments += ["--evaluate-pictures", "100", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    arguments += ["--threads", str(threads), "--batch-size", "2", "--open-images", "300", "--open-boxes", "2000"]
+    arguments += ["--evaluate-images", "100", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     result = benchmark.main(arguments)
     written = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert written == json.loads(msgspec.json.encode(result))
@@ -258,8 +256,8 @@ def test_other_backends_and_own_weights(tmp_path: Path) -> None:
     config = DetectorConfig(input_size=(96, 96))
     info = DetectorInfo(model=config, postprocess=PostprocessConfig(), class_names=("a", "b"), category_ids=(1, 2))
     save_detector(tmp_path / "d.safetensors", Detector(config, 2), info)
-    pictures = draw_detection_set(tmp_path / "p", num_train=4, num_val=1, size=(96, 128))
-    arguments = ["--images", str(pictures.train_images), "--annotations", str(pictures.train_annotations)]
+    images = draw_detection_set(tmp_path / "p", num_train=4, num_val=1, size=(96, 128))
+    arguments = ["--images", str(images.train_images), "--annotations", str(images.train_annotations)]
     arguments += ["--weights", str(tmp_path / "d.safetensors"), "--threads", str(torch.get_num_threads())]
     arguments += ["--stages", "predict", "backends", "postprocess", "train", "--backends", "onnxruntime"]
     arguments += ["--rounds", "1", "--batch-size", "2", "--out", str(tmp_path / "out"), "--cache", str(tmp_path)]
@@ -300,7 +298,7 @@ def test_the_tool_counts(capsys: pytest.CaptureFixture[str]) -> None:
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--images", "somewhere"], "--images and --annotations go together"),
         (["--stages", "predict", "--images", "none", "--annotations", "none.json"], "none.json"),
-        (["--batch-size", "97"], "--batch-size 97 is more than the 96 pictures"),
+        (["--batch-size", "97"], "--batch-size 97 is more than the 96 images"),
         (["--scale", "--scale-sizes", "10"], "--scale-sizes must be at least 64 each"),
     ],
 )

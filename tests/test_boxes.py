@@ -39,7 +39,7 @@ def test_empty_boxes_overlap_nothing() -> None:
     assert paired_iou(point, point).item() == 0
 
 
-def test_iou_of_a_batch_equals_torchvision_picture_by_picture() -> None:
+def test_iou_of_a_batch_equals_torchvision_image_by_image() -> None:
     torch.manual_seed(0)
     first, second = (cxcywh_to_xyxy(torch.rand(3, n, 4) * 50) for n in (7, 11))
     expected = torch.stack([box_iou(a, b) for a, b in zip(first, second, strict=True)])

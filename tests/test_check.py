@@ -17,9 +17,9 @@ def test_report(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(content))
     report = describe(CocoIndex.read(path))
-    assert "a.json: 3 pictures, 2 of them without objects, 3 boxes to learn from, 3 classes" in report
+    assert "a.json: 3 images, 2 of them without objects, 3 boxes to learn from, 3 classes" in report
     assert "left out: 1 crowds; 1 of 5 boxes without area: annotation 3" in report
-    assert "boxes per picture: median 0, at most 3" in report
+    assert "boxes per image: median 0, at most 3" in report
     assert "on disk: < 8: 33%, 8-16: 0%, 16-32: 33%, 32-64: 0%, 64-128: 33%, 128-256: 0%, >= 256: 0%" in report
     assert "boxes by class: cat 2, cow 1, dog 0" in report
     assert "classes without a box: dog" in report
@@ -27,4 +27,4 @@ def test_report(tmp_path: Path) -> None:
     assert "at input size 50x50: < 8: 33%, 8-16: 33%, 16-32: 33%" in describe(CocoIndex.read(path), (50, 50))
 
     path.write_text(json.dumps(content | {"images": [], "annotations": []}))
-    assert "a.json: 0 pictures, 0 of them without objects, 0 boxes" in describe(CocoIndex.read(path))
+    assert "a.json: 0 images, 0 of them without objects, 0 boxes" in describe(CocoIndex.read(path))

@@ -21,7 +21,7 @@ def _every_record_a_piece(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def example() -> dict[str, Any]:
-    """Three pictures, the middle one empty; category ids out of order; one crowd; annotations out of order."""
+    """Three images, the middle one empty; category ids out of order; one crowd; annotations out of order."""
     return {
         "images": [
             {"id": 20, "file_name": "b.jpg", "width": 100, "height": 50},
@@ -54,7 +54,7 @@ def test_file_without_annotations_is_read_but_not_trained_on(tmp_path: Path) -> 
     assert len(index) == 3
     assert index.boxes.shape == (0, 4)
     assert index.objects(1).boxes.shape == (0, 4)
-    with pytest.raises(ValueError, match=r"instances.json: nothing to learn: 3 pictures, 0 annotations"):
+    with pytest.raises(ValueError, match=r"instances.json: nothing to learn: 3 images, 0 annotations"):
         index.require_objects()
     with pytest.raises(ValueError, match="`images` is empty"):
         CocoIndex.read(write(tmp_path, content | {"images": []})).require_objects()
@@ -70,7 +70,7 @@ def test_arrays_hold_the_file(tmp_path: Path) -> None:
     assert index.offsets.tolist() == [0, 1, 1, 3]
     assert index.annotation_ids.tolist() == [6, 5, 4]
     first = index.objects(0)
-    # The box sticks out of its picture (20 + 40.25 > 50): it is kept as it stands, as COCO's evaluation does.
+    # The box sticks out of its image (20 + 40.25 > 50): it is kept as it stands, as COCO's evaluation does.
     assert first.boxes.tolist() == [[10.5, 20.0, 40.5, 60.25]]
     assert first.boxes.dtype == np.float32
     assert first.areas.tolist() == [30 * 40.25]
@@ -160,7 +160,7 @@ def test_boxes_that_cannot_be_learnt_from_are_named_and_kept_for_evaluation(
     with caplog.at_level(logging.WARNING):
         index = CocoIndex.read(path)
     assert "2 of 10 boxes without area: annotation 100, 101" in caplog.text
-    assert "4 of 10 boxes wholly outside the picture: annotation 102, 103, 104, 105" in caplog.text
+    assert "4 of 10 boxes wholly outside the image: annotation 102, 103, 104, 105" in caplog.text
     assert len(index.objects(0).labels) == 8
     assert index.annotation_ids[index.usable].tolist() == [6, 106, 4]
     with pytest.raises(ValueError, match="boxes without area: annotation 100, 101; 4 of 10 boxes wholly outside"):

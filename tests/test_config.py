@@ -79,7 +79,7 @@ def test_help_lists_fields_with_their_defaults(capsys: pytest.CaptureFixture[str
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--train.epochs" in text
-    assert "Passes over the training pictures" in text
+    assert "Passes over the training images" in text
     assert "--model.anchors.min-scale" in text
 
 

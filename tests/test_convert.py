@@ -39,8 +39,8 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def test_voc_corners_become_xywh(tmp_path: Path) -> None:
-    draw(tmp_path / "pictures/a.jpg", 40, 30)
-    draw(tmp_path / "pictures/b.png", 40, 30)
+    draw(tmp_path / "images/a.jpg", 40, 30)
+    draw(tmp_path / "images/b.png", 40, 30)
     part = "<part><name>head</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>3</xmax><ymax>3</ymax></bndbox></part>"
     write_voc(
         tmp_path,
@@ -48,7 +48,7 @@ def test_voc_corners_become_xywh(tmp_path: Path) -> None:
         voc_object("dog", (1, 1, 40, 30), inner=part) + voc_object(" cat ", (11, 6, 20.5, 16), difficult=1),
     )
     write_voc(tmp_path, "b")
-    report = convert_voc(tmp_path / "xml", tmp_path / "pictures", tmp_path / "out/voc.json")
+    report = convert_voc(tmp_path / "xml", tmp_path / "images", tmp_path / "out/voc.json")
     content = read(tmp_path / "out/voc.json")
     assert content["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
     assert content["images"] == [
@@ -59,20 +59,20 @@ def test_voc_corners_become_xywh(tmp_path: Path) -> None:
     # Pixels 1 to 40 of a row of 40 are the whole row.
     assert dog == {"id": 1, "image_id": 1, "category_id": 2, "bbox": [0, 0, 40, 30], "area": 1200, "iscrowd": 0}
     assert (cat["bbox"], cat["area"], cat["difficult"]) == ([10, 5, 10.5, 11], 115.5, 1)
-    assert "2 pictures (1 without objects), 2 boxes, 2 classes: cat, dog\ndropped: nothing" in str(report)
+    assert "2 images (1 without objects), 2 boxes, 2 classes: cat, dog\ndropped: nothing" in str(report)
     assert os.stat(tmp_path / "out/voc.json").st_mode & 0o444 == 0o444
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["voc.json"]
     assert len(CocoIndex.read(tmp_path / "out/voc.json").require_objects()) == 2
 
-    dropped = convert_voc(tmp_path / "xml", tmp_path / "pictures", tmp_path / "out/voc.json", difficult="drop")
+    dropped = convert_voc(tmp_path / "xml", tmp_path / "images", tmp_path / "out/voc.json", difficult="drop")
     assert (dropped.num_boxes, list(dropped.dropped)) == (1, ["difficult object"])
 
 
 def test_what_voc_drops_is_counted_and_named(tmp_path: Path) -> None:
-    draw(tmp_path / "pictures/a.jpg", 40, 30)
-    draw(tmp_path / "pictures/wrong.jpg", 50, 30)
-    draw(tmp_path / "pictures/nosize.jpg", 20, 10)
-    (tmp_path / "pictures/rotten.jpg").write_bytes(b"\xff\xd8 no picture")
+    draw(tmp_path / "images/a.jpg", 40, 30)
+    draw(tmp_path / "images/wrong.jpg", 50, 30)
+    draw(tmp_path / "images/nosize.jpg", 20, 10)
+    (tmp_path / "images/rotten.jpg").write_bytes(b"\xff\xd8 no image")
     bad = [(5, 5, 5, 9), (50, 5, 60, 9), (1, 1, "x", 4), (-20, 1, 10, 9)]
     write_voc(tmp_path, "a", "".join(voc_object("dog", box) for box in bad))
     write_voc(tmp_path, "wrong", voc_object("dog", (1, 1, 45, 9)))
@@ -80,23 +80,23 @@ def test_what_voc_drops_is_counted_and_named(tmp_path: Path) -> None:
     write_voc(tmp_path, "rotten", voc_object("dog", (1, 1, 4, 4)))
     write_voc(tmp_path, "lonely", voc_object("cat", (1, 1, 4, 4)))
     (tmp_path / "xml/broken.xml").write_text("<annotation>\n<object></annotation>")
-    report = convert_voc(tmp_path / "xml", tmp_path / "pictures", tmp_path / "voc.json")
+    report = convert_voc(tmp_path / "xml", tmp_path / "images", tmp_path / "voc.json")
     assert {reason: len(records) for reason, records in report.dropped.items()} == {
         "annotation file that cannot be read": 1,
         "box without area": 1,
-        "box outside its picture": 1,
+        "box outside its image": 1,
         "box without four numbers": 1,
-        "annotation without a picture": 1,
-        "picture that does not decode": 1,
+        "annotation without an image": 1,
+        "image that does not decode": 1,
     }
     text = str(report)
     assert "broken.xml: mismatched tag: line 2" in text
     assert "a.xml: object 1: [5.0, 5.0, 5.0, 9.0]" in text
     assert "a.xml: object 3: [1.0, 1.0, None, 4.0]" in text
-    assert "no picture lonely in" in text
+    assert "no image lonely in" in text
     assert "rotten.jpg" in text
-    assert "changed: 1 x box cut off at the edge of its picture by more than a pixel\n" in text
-    assert "wrong.xml: states [40, 30], the picture has [50, 30]" in text
+    assert "changed: 1 x box cut off at the edge of its image by more than a pixel\n" in text
+    assert "wrong.xml: states [40, 30], the image has [50, 30]" in text
     sizes = {image["file_name"]: (image["width"], image["height"]) for image in read(tmp_path / "voc.json")["images"]}
     assert sizes == {"a.jpg": (40, 30), "nosize.jpg": (20, 10), "wrong.jpg": (50, 30)}
     assert [record["bbox"] for record in read(tmp_path / "voc.json")["annotations"]] == [
@@ -108,24 +108,24 @@ def test_what_voc_drops_is_counted_and_named(tmp_path: Path) -> None:
 
 def test_both_halves_of_a_voc_split_have_the_same_classes(tmp_path: Path) -> None:
     for stem, name in (("a", "cat"), ("b", "dog")):
-        draw(tmp_path / f"pictures/{stem}.jpg", 40, 30)
+        draw(tmp_path / f"images/{stem}.jpg", 40, 30)
         write_voc(tmp_path, stem, voc_object(name, (1, 1, 9, 9)))
     (tmp_path / "train.txt").write_text("b  1\nmissing -1\n\n")
-    report = convert_voc(tmp_path / "xml", tmp_path / "pictures", tmp_path / "o.json", list_file=tmp_path / "train.txt")
+    report = convert_voc(tmp_path / "xml", tmp_path / "images", tmp_path / "o.json", list_file=tmp_path / "train.txt")
     content = read(tmp_path / "o.json")
     assert [category["name"] for category in content["categories"]] == ["cat", "dog"]
     assert [record["category_id"] for record in content["annotations"]] == [2]
-    assert list(report.dropped) == ["picture of the list without an annotation file"]
+    assert list(report.dropped) == ["image of the list without an annotation file"]
 
     (tmp_path / "names.txt").write_text("dog\n")
-    report = convert_voc(tmp_path / "xml", tmp_path / "pictures", tmp_path / "o.json", names=tmp_path / "names.txt")
+    report = convert_voc(tmp_path / "xml", tmp_path / "images", tmp_path / "o.json", names=tmp_path / "names.txt")
     assert read(tmp_path / "o.json")["categories"] == [{"id": 1, "name": "dog"}]
     assert "dropped: 1 x class that is not among the names\n" in str(report)
     assert (report.num_images, report.num_empty, report.num_boxes) == (2, 1, 1)
 
     (tmp_path / "train.txt").write_text("x\ny\n")
     with pytest.raises(ValueError, match=r"train.txt: none of its 2 names is an annotation file in"):
-        convert_voc(tmp_path / "xml", tmp_path / "pictures", tmp_path / "o.json", list_file=tmp_path / "train.txt")
+        convert_voc(tmp_path / "xml", tmp_path / "images", tmp_path / "o.json", list_file=tmp_path / "train.txt")
 
 
 def test_yolo_shares_become_pixels(tmp_path: Path) -> None:
@@ -172,11 +172,11 @@ def test_what_yolo_drops_is_counted_and_named(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     report = convert_yolo(tmp_path / "images", tmp_path / "labels", tmp_path / "names.txt", tmp_path / "yolo.json")
     assert {reason: len(records) for reason, records in report.dropped.items()} == {
-        "annotation without a picture": 1,
-        "picture that does not decode": 1,
+        "annotation without an image": 1,
+        "image that does not decode": 1,
         "class that is not among the names": 1,
         "box without area": 1,
-        "box outside its picture": 1,
+        "box outside its image": 1,
         "row that is neither a box nor a polygon": 3,
     }
     assert "a.txt:1: 2" in str(report)
@@ -214,14 +214,14 @@ def test_nothing_to_convert(tmp_path: Path) -> None:
         convert_voc(tmp_path / "none", tmp_path / "empty", out)
     with pytest.raises(ValueError, match=r"folder of annotations .*empty has no .xml file"):
         convert_voc(tmp_path / "empty", tmp_path / "empty", out)
-    with pytest.raises(ValueError, match=r"folder of images .*empty has no picture"):
+    with pytest.raises(ValueError, match=r"folder of images .*empty has no image"):
         convert_yolo(tmp_path / "empty", tmp_path / "empty", tmp_path / "names.txt", out)
     draw(tmp_path / "images/a.jpg", 40, 30)
-    with pytest.raises(ValueError, match=r"no text file in .*empty has the name of a picture"):
+    with pytest.raises(ValueError, match=r"no text file in .*empty has the name of an image"):
         convert_yolo(tmp_path / "images", tmp_path / "empty", tmp_path / "names.txt", out)
     write_voc(tmp_path, "b", voc_object("dog", (1, 1, 9, 9)))
     with pytest.raises(
-        ValueError, match=r"o.json is not written: not one picture is left .*1 x annotation without a picture"
+        ValueError, match=r"o.json is not written: not one image is left .*1 x annotation without an image"
     ):
         convert_voc(tmp_path / "xml", tmp_path / "images", out)
     assert not out.exists()
@@ -234,7 +234,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "names").write_text("dog")
     here, out = str(tmp_path), str(tmp_path / "o.json")
     convert_dataset.main(["voc", "--annotations", f"{here}/xml", "--images", here, "--out", out])
-    assert "o.json: 1 pictures (0 without objects), 1 boxes, 1 classes: dog" in capsys.readouterr().out
+    assert "o.json: 1 images (0 without objects), 1 boxes, 1 classes: dog" in capsys.readouterr().out
     convert_dataset.main(["yolo", "--images", here, "--labels", here, "--names", f"{here}/names", "--out", out])
     assert read(tmp_path / "o.json")["annotations"][0]["bbox"] == [10, 7.5, 20, 15]
     with pytest.raises(SystemExit) as stop:

@@ -213,7 +213,7 @@ def test_tools_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "a.pth is the source itself" in fail([source, source, "--to", "timm"], capsys)
     assert "has 3 classes, 2 names were given" in fail([source, out, "--class-names", "cat,dog"], capsys)
     assert "names are missing or come twice" in fail([source, out, "--class-names", "cat,cat,owl"], capsys)
-    assert "--max-pictures is at least 1" in fail([source, out, "--max-pictures", "0"], capsys)
+    assert "--max-images is at least 1" in fail([source, out, "--max-images", "0"], capsys)
     (tmp_path / "text.txt").write_text("no weights\n")
     assert "text.txt is not a weights file" in fail([str(tmp_path / "text.txt"), out], capsys)
     save_weights(tmp_path / "b.safetensors", MobileNetV2(NARROW), WeightsInfo())
@@ -400,7 +400,7 @@ def test_unfolded_norms_change_nothing_and_can_be_trained_on(tensorflows: Classi
     batches = [torch.randn(8, 3, 64, 64) for _ in range(3)]
     assert unfold_norms(ours, batches) == 24
     torch.testing.assert_close(logits(ours), before, rtol=1e-4, atol=1e-4)
-    # What the norms saw is what they are told: the stem's output over the same pictures.
+    # What the norms saw is what they are told: the stem's output over the same images.
     with torch.no_grad():
         out = torch.cat([nn.functional.pad(x, (0, 1, 0, 1)) for x in batches])
         out = nn.functional.conv2d(out, ours.backbone.stem.conv.weight, stride=2)
@@ -420,7 +420,7 @@ def test_unfolded_norms_change_nothing_and_can_be_trained_on(tensorflows: Classi
     with torch.no_grad():
         expected = ours(batches[0])
     assert training_error(folded) > 5 * training_error(ours)
-    with pytest.raises(ValueError, match="no pictures to measure"):
+    with pytest.raises(ValueError, match="no images to measure"):
         unfold_norms(ours, [])
 
 
@@ -445,17 +445,17 @@ def test_tflite_of_another_network_is_answered_layer_by_layer(
 
 def test_tool_measures_statistics(tensorflows: Classifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_tflite(tmp_path / "a.tflite", tensorflows)
-    folder = tmp_path / "pictures" / "inner"
+    folder = tmp_path / "images" / "inner"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for index in range(5):
         cv2.imwrite(str(folder / f"{index}.png"), rng.integers(0, 256, (70, 80, 3), np.uint8))
     (folder / "rotten.jpg").write_bytes(b"rotten")
     out = tmp_path / "o.safetensors"
-    main([str(tmp_path / "a.tflite"), str(out), "--statistics-from", str(folder.parent), "--picture-size", "64"])
+    main([str(tmp_path / "a.tflite"), str(out), "--statistics-from", str(folder.parent), "--image-size", "64"])
     printed = capsys.readouterr().out
-    assert "batch norm statistics measured on 5 pictures" in printed
-    assert "rotten.jpg: the picture does not decode" in printed
+    assert "batch norm statistics measured on 5 images" in printed
+    assert "rotten.jpg: the image does not decode" in printed
     classifier = Classifier(ClassifierConfig(backbone=adopt_config(MobileNetV2Config(), out)[0]), 1000)
     load_classifier(classifier, out)
     assert float(classifier.backbone.stem.norm.running_var.std()) > 0
@@ -472,7 +472,7 @@ def test_tool_measures_statistics(tensorflows: Classifier, tmp_path: Path, capsy
     assert "no is not a folder" in fail([str(tmp_path / "a.tflite"), str(out), "--statistics-from", "no"], capsys)
     (tmp_path / "empty").mkdir()
     message = fail([str(tmp_path / "a.tflite"), str(out), "--statistics-from", str(tmp_path / "empty")], capsys)
-    assert "empty has no pictures" in message
+    assert "empty has no images" in message
 
 
 # ------------------------------------------------------------------------------------------------------------- archives
@@ -514,7 +514,7 @@ def test_archives_that_hold_nothing(tmp_path: Path) -> None:
         convert(tmp_path / "b.tar.gz")
 
 
-# -------------------------------------------------------------------------------------------------------- real pictures
+# -------------------------------------------------------------------------------------------------------- real images
 
 
 def imagenet_batches(size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:

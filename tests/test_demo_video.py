@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from detection.data.synthetic import draw_moving_pictures
+from detection.data.synthetic import draw_video_frames
 from detection.structures import Detections
-from detection.video import FrameReader, write_film
+from detection.video import FrameReader, write_video
 from tools import demo_video
 
 
@@ -25,7 +25,7 @@ class FakeDetector:
 
     def __call__(self, image: np.ndarray) -> Detections:
         assert image.dtype == np.uint8
-        assert image[..., 0].mean() > image[..., 2].mean()  # RGB: the test film is reddish
+        assert image[..., 0].mean() > image[..., 2].mean()  # RGB: the test video is reddish
         self.on_call(self.calls)
         x = float(self.calls)
         self.calls += 1
@@ -45,15 +45,15 @@ def detector(monkeypatch: pytest.MonkeyPatch) -> FakeDetector:
 
 
 @pytest.fixture
-def film(tmp_path: Path) -> Path:
+def video(tmp_path: Path) -> Path:
     reddish = np.full((96, 128, 3), (150, 90, 60), np.uint8)
-    write_film(tmp_path / "film.mp4", [reddish] * 12, 12.5)
-    return tmp_path / "film.mp4"
+    write_video(tmp_path / "video.mp4", [reddish] * 12, 12.5)
+    return tmp_path / "video.mp4"
 
 
-def run(film: Path, *options: str, out: str = "out.mp4") -> tuple[demo_video.DemoResult, list[dict]]:
-    lines = film.parent / "out.jsonl"
-    argv = ["best.pt", "--source", str(film), "--out", str(film.parent / out), "--json", str(lines), *options]
+def run(video: Path, *options: str, out: str = "out.mp4") -> tuple[demo_video.DemoResult, list[dict]]:
+    lines = video.parent / "out.jsonl"
+    argv = ["best.pt", "--source", str(video), "--out", str(video.parent / out), "--json", str(lines), *options]
     result = demo_video.main(argv)
     return result, [json.loads(line) for line in lines.read_text().splitlines()]
 
@@ -63,8 +63,8 @@ def count_frames(path: Path) -> int:
         return sum(1 for _ in reader)
 
 
-def test_film_and_lines(film: Path, detector: FakeDetector, capsys: pytest.CaptureFixture[str]):
-    result, lines = run(film)
+def test_video_and_lines(video: Path, detector: FakeDetector, capsys: pytest.CaptureFixture[str]):
+    result, lines = run(video)
     assert result.num_frames == 12
     assert result.broken is None
     assert 0 <= result.network_seconds <= result.seconds
@@ -75,10 +75,10 @@ def test_film_and_lines(film: Path, detector: FakeDetector, capsys: pytest.Captu
         "time": 0.24,
         "detections": [{"box": [3.0, 10.0, 23.0, 40.0], "score": 0.75, "label": 1, "class": "dog"}],
     }
-    with FrameReader(film.parent / "out.mp4") as reader:
+    with FrameReader(video.parent / "out.mp4") as reader:
         assert (reader.rate, reader.size, reader.num_frames) == (12.5, (96, 128), 12)
         frames = [frame.image for frame in reader]
-    # the box is on the film: its lower side is supervision's red (255, 64, 64)
+    # the box is on the video: its lower side is supervision's red (255, 64, 64)
     assert frames[5][40, 15].astype(int)[1] < 85
     assert frames[5][60, 15].astype(int)[1] == pytest.approx(90, abs=12)
     # and the frame rate, light on dark, in the corner
@@ -86,40 +86,40 @@ def test_film_and_lines(film: Path, detector: FakeDetector, capsys: pytest.Captu
     printed = capsys.readouterr().out
     assert "12 frames in" in printed
     assert "of which the network" in printed
-    assert f"film: {film.parent / 'out.mp4'}" in printed
-    assert f"detections: {film.parent / 'out.jsonl'}" in printed
+    assert f"video: {video.parent / 'out.mp4'}" in printed
+    assert f"detections: {video.parent / 'out.jsonl'}" in printed
 
 
-def test_drawn_film_keeps_every_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_drawn_video_keeps_every_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     nothing = Detections(boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.int64))
     monkeypatch.setattr(demo_video, "load_detector", lambda *_, **__: lambda image: nothing)
-    write_film(tmp_path / "film.mp4", (frame.image for frame in draw_moving_pictures(9, (96, 96), seed=0)), 25)
-    _, lines = run(tmp_path / "film.mp4")
+    write_video(tmp_path / "video.mp4", (frame.image for frame in draw_video_frames(9, (96, 96), seed=0)), 25)
+    _, lines = run(tmp_path / "video.mp4")
     assert len(lines) == 9
     assert lines[0]["detections"] == []
 
 
-def test_ends_after_max_frames(film: Path, detector: FakeDetector):
-    result, lines = run(film, "--max-frames", "5")
-    assert (result.num_frames, len(lines), count_frames(film.parent / "out.mp4")) == (5, 5, 5)
+def test_ends_after_max_frames(video: Path, detector: FakeDetector):
+    result, lines = run(video, "--max-frames", "5")
+    assert (result.num_frames, len(lines), count_frames(video.parent / "out.mp4")) == (5, 5, 5)
     assert result.broken is None
 
 
-def test_ctrl_c_leaves_whole_files(film: Path, detector: FakeDetector, capsys: pytest.CaptureFixture[str]):
+def test_ctrl_c_leaves_whole_files(video: Path, detector: FakeDetector, capsys: pytest.CaptureFixture[str]):
     def interrupt(call: int) -> None:
         if call == 4:
             raise KeyboardInterrupt
 
     detector.on_call = interrupt
-    result, lines = run(film)
-    assert (result.num_frames, len(lines), count_frames(film.parent / "out.mp4")) == (4, 4, 4)
+    result, lines = run(video)
+    assert (result.num_frames, len(lines), count_frames(video.parent / "out.mp4")) == (4, 4, 4)
     printed = capsys.readouterr()
     assert "stopped by Ctrl-C" in printed.err
     assert "4 frames in" in printed.out
 
 
 def test_broken_stream_leaves_whole_files(
-    film: Path, detector: FakeDetector, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    video: Path, detector: FakeDetector, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     class Breaking:
         def __init__(self, source: str) -> None:
@@ -131,22 +131,22 @@ def test_broken_stream_leaves_whole_files(
             return self.capture.read() if self.left >= 0 else (False, None)
 
     monkeypatch.setattr("detection.video._capture", Breaking)
-    result, lines = run(film)
+    result, lines = run(video)
     monkeypatch.undo()
-    assert (result.num_frames, len(lines), count_frames(film.parent / "out.mp4")) == (6, 6, 6)
+    assert (result.num_frames, len(lines), count_frames(video.parent / "out.mp4")) == (6, 6, 6)
     assert result.broken == "ended after 6 of 12 frames: the file is cut off or damaged"
-    assert "film.mp4 ended after 6 of 12 frames" in capsys.readouterr().out
+    assert "video.mp4 ended after 6 of 12 frames" in capsys.readouterr().out
 
 
-def test_lines_are_there_while_it_runs(film: Path, detector: FakeDetector):
+def test_lines_are_there_while_it_runs(video: Path, detector: FakeDetector):
     lengths: list[int] = []
-    detector.on_call = lambda call: lengths.append(len((film.parent / "out.jsonl").read_text().splitlines()))
-    run(film)
+    detector.on_call = lambda call: lengths.append(len((video.parent / "out.jsonl").read_text().splitlines()))
+    run(video)
     assert lengths == list(range(12))
 
 
-def test_folder_of_pictures(tmp_path: Path, detector: FakeDetector, capsys: pytest.CaptureFixture[str]):
-    folder = tmp_path / "pictures"
+def test_folder_of_images(tmp_path: Path, detector: FakeDetector, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "images"
     folder.mkdir()
     for name, size in (("a.png", (96, 128)), ("b.png", (64, 64))):
         cv2.imwrite(str(folder / name), np.full((*size, 3), (60, 90, 150), np.uint8))
@@ -160,19 +160,19 @@ def test_folder_of_pictures(tmp_path: Path, detector: FakeDetector, capsys: pyte
     assert "c.png" in printed
 
 
-def test_window_ends_on_q(film: Path, detector: FakeDetector, monkeypatch: pytest.MonkeyPatch):
+def test_window_ends_on_q(video: Path, detector: FakeDetector, monkeypatch: pytest.MonkeyPatch):
     shown, closed = [], []
     monkeypatch.setattr(demo_video, "_open_window", lambda: lambda: closed.append(True))
     monkeypatch.setattr(cv2, "imshow", lambda name, image: shown.append(image))
     monkeypatch.setattr(cv2, "waitKey", lambda delay: ord("q") if len(shown) == 3 else -1)
     monkeypatch.setattr(cv2, "getWindowProperty", lambda name, what: 1.0)
-    result, lines = run(film, "--show")
-    assert (result.num_frames, len(lines), count_frames(film.parent / "out.mp4")) == (3, 3, 3)
+    result, lines = run(video, "--show")
+    assert (result.num_frames, len(lines), count_frames(video.parent / "out.mp4")) == (3, 3, 3)
     assert closed == [True]
     assert shown[0][90, 120, 0] < shown[0][90, 120, 2]  # BGR for OpenCV's window
 
 
-def test_passes_score_and_device_on(film: Path, monkeypatch: pytest.MonkeyPatch):
+def test_passes_score_and_device_on(video: Path, monkeypatch: pytest.MonkeyPatch):
     given = {}
 
     def load(path: Path, device: str, score_threshold: float) -> FakeDetector:
@@ -180,9 +180,9 @@ def test_passes_score_and_device_on(film: Path, monkeypatch: pytest.MonkeyPatch)
         return FakeDetector()
 
     monkeypatch.setattr(demo_video, "load_detector", load)
-    run(film)
+    run(video)
     assert given == {"path": Path("best.pt"), "device": "auto", "score": 0.4}
-    run(film, "--score", "0.7", "--device", "cpu")
+    run(video, "--score", "0.7", "--device", "cpu")
     assert given == {"path": Path("best.pt"), "device": "cpu", "score": 0.7}
 
 
@@ -195,35 +195,35 @@ def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return printed
 
 
-def test_wrong_use_is_one_clear_line(film: Path, detector: FakeDetector, capsys: pytest.CaptureFixture[str]):
-    assert "nothing would come of it" in error_of(["best.pt", "--source", str(film)], capsys)
-    to = ["--json", str(film.parent / "a.jsonl")]
-    assert "--score 1.5: a score lies" in error_of(["best.pt", "--source", str(film), *to, "--score", "1.5"], capsys)
-    assert "--max-frames 0" in error_of(["best.pt", "--source", str(film), *to, "--max-frames", "0"], capsys)
-    assert "is the source itself" in error_of(["best.pt", "--source", str(film), "--out", str(film)], capsys)
-    assert "no such file or folder" in error_of(["best.pt", "--source", str(film) + "x", *to], capsys)
+def test_wrong_use_is_one_clear_line(video: Path, detector: FakeDetector, capsys: pytest.CaptureFixture[str]):
+    assert "nothing would come of it" in error_of(["best.pt", "--source", str(video)], capsys)
+    to = ["--json", str(video.parent / "a.jsonl")]
+    assert "--score 1.5: a score lies" in error_of(["best.pt", "--source", str(video), *to, "--score", "1.5"], capsys)
+    assert "--max-frames 0" in error_of(["best.pt", "--source", str(video), *to, "--max-frames", "0"], capsys)
+    assert "is the source itself" in error_of(["best.pt", "--source", str(video), "--out", str(video)], capsys)
+    assert "no such file or folder" in error_of(["best.pt", "--source", str(video) + "x", *to], capsys)
     assert "camera 97 does not open" in error_of(["best.pt", "--source", "97", *to], capsys)
-    film.write_text("a text")
-    assert "film.mp4: not a video that OpenCV can read" in error_of(["best.pt", "--source", str(film), *to], capsys)
-    assert not (film.parent / "a.jsonl").exists()
+    video.write_text("a text")
+    assert "video.mp4: not a video that OpenCV can read" in error_of(["best.pt", "--source", str(video), *to], capsys)
+    assert not (video.parent / "a.jsonl").exists()
 
 
-def test_missing_checkpoint_is_named(film: Path, capsys: pytest.CaptureFixture[str]):
-    argv = [str(film.parent / "none.pt"), "--source", str(film), "--json", str(film.parent / "a.jsonl")]
+def test_missing_checkpoint_is_named(video: Path, capsys: pytest.CaptureFixture[str]):
+    argv = [str(video.parent / "none.pt"), "--source", str(video), "--json", str(video.parent / "a.jsonl")]
     assert "none.pt" in error_of(argv, capsys)
 
 
-def test_show_without_a_screen(film: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_show_without_a_screen(video: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr("sys.platform", "linux")
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         monkeypatch.delenv(name, raising=False)
-    assert "--show needs a screen" in error_of(["best.pt", "--source", str(film), "--show"], capsys)
+    assert "--show needs a screen" in error_of(["best.pt", "--source", str(video), "--show"], capsys)
 
 
-def test_show_with_an_opencv_without_windows(film: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_show_with_an_opencv_without_windows(video: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     def no_window(*_: object) -> None:
         raise cv2.error("The function is not implemented")
 
     monkeypatch.setitem(os.environ, "DISPLAY", ":0")
     monkeypatch.setattr(cv2, "namedWindow", no_window)
-    assert "needs an OpenCV with windows" in error_of(["best.pt", "--source", str(film), "--show"], capsys)
+    assert "needs an OpenCV with windows" in error_of(["best.pt", "--source", str(video), "--show"], capsys)

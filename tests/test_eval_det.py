@@ -131,7 +131,7 @@ def test_everything_found_is_the_truth(scene: Scene, capsys: pytest.CaptureFixtu
     for name, line in zip(NAMES, out[1:4], strict=True):
         assert line.split()[1:] == [str(counts[name]), "1.000" if counts[name] else "-"]
     assert "AP         1.000" in out
-    assert f"6 pictures, {num_boxes} detections" in out
+    assert f"6 images, {num_boxes} detections" in out
     assert f"{num_boxes} detections written to {predictions}" in out
 
     # What was written stands up before the reference, with the file's own category ids.
@@ -189,7 +189,7 @@ def test_classes_alone(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None
     )
 
 
-def test_unreadable_pictures_are_named_and_counted(
+def test_unreadable_images_are_named_and_counted(
     scene: Scene, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     (scene.images / "1.png").write_bytes(b"rotten")
@@ -197,9 +197,9 @@ def test_unreadable_pictures_are_named_and_counted(
     result = main(scene.arguments("--json", str(scene.json)))
     assert result.num_images == 6
     assert result.figures["AP"] < 0.9
-    assert "1.png: the picture does not decode (6 bytes)" in caplog.text
+    assert "1.png: the image does not decode (6 bytes)" in caplog.text
     assert "3.png: No such file" in caplog.text
-    assert "2 pictures could not be read and count as pictures in which nothing was found" in capsys.readouterr().out
+    assert "2 images could not be read and count as images in which nothing was found" in capsys.readouterr().out
     assert [Path(line.split(":")[0]).name for line in json.loads(scene.json.read_text())["unreadable"]] == [
         "1.png",
         "3.png",
@@ -207,7 +207,7 @@ def test_unreadable_pictures_are_named_and_counted(
 
     for path in scene.images.iterdir():
         path.write_bytes(b"rotten")
-    assert "none of 6 pictures can be read; the first:" in error_of(capsys, scene.arguments())
+    assert "none of 6 images can be read; the first:" in error_of(capsys, scene.arguments())
 
 
 def test_mistakes(scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_mistakes(scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert "--batch-size must be at least 1, got 0" in error_of(capsys, scene.arguments("--batch-size", "0"))
     assert "--workers must not be negative, got -1" in error_of(capsys, scene.arguments("--workers", "-1"))
     assert "score_threshold must be in [0, 1), got 2.0" in error_of(capsys, scene.arguments("--score-threshold", "2"))
-    assert "picture folder" in error_of(capsys, scene.arguments("--images", str(tmp_path / "nowhere")))
+    assert "image folder" in error_of(capsys, scene.arguments("--images", str(tmp_path / "nowhere")))
     assert "does not exist" in error_of(capsys, scene.arguments("--annotations", str(tmp_path / "gone.json")))
     scene.annotations.write_text("[1, 2]")
     assert "is not a COCO json file" in error_of(capsys, scene.arguments())

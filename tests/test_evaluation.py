@@ -30,7 +30,7 @@ def write_index(
     num_images: int = 1,
     first_id: int = 1,
 ) -> CocoIndex:
-    """A file with the classes cat (id 3) and dog (id 7), pictures 10, 11, ..., and boxes (image id, category id, xywh, crowd)."""
+    """A file with the classes cat (id 3) and dog (id 7), images 10, 11, ..., and boxes (image id, category id, xywh, crowd)."""
     content = {
         "images": [{"id": 10 + i, "file_name": f"{i}.png", "width": 640, "height": 480} for i in range(num_images)],
         "annotations": [
@@ -128,7 +128,7 @@ def test_detections_in_a_crowd_are_neither_right_nor_wrong(tmp_path: Path, backe
 
 
 @pytest.mark.parametrize("backend", BOTH)
-def test_a_picture_without_detections_costs_recall(tmp_path: Path, backend: Backend) -> None:
+def test_a_image_without_detections_costs_recall(tmp_path: Path, backend: Backend) -> None:
     index = write_index(tmp_path, [(10, 3, (0, 0, 50, 50)), (11, 3, (0, 0, 50, 50))], num_images=3)
     result = measure(index, backend, {10: found(((0, 0, 50, 50), 0.9, 0))})
     assert result.figures["AP"] == pytest.approx(51 / 101, abs=1e-9)
@@ -145,14 +145,14 @@ def test_annotation_with_id_zero_counts(tmp_path: Path, backend: Backend) -> Non
 
 
 def draw(folder: Path, seed: int = 0) -> tuple[CocoIndex, dict[int, Detections]]:
-    """Crowds, empty pictures, tiny and large boxes, equal scores, more than 100 detections of a class in a picture."""
+    """Crowds, empty images, tiny and large boxes, equal scores, more than 100 detections of a class in an image."""
     rng = np.random.default_rng(seed)
     num_images, num_classes = 40, 5
     image_ids = rng.permutation(1000)[:num_images].tolist()
     annotations: list[dict[str, Any]] = []
     detections = {}
     for position, image_id in enumerate(image_ids):
-        # Every fourth picture is empty, and the last class has no object at all.
+        # Every fourth image is empty, and the last class has no object at all.
         N = 0 if position % 4 == 3 else int(rng.integers(1, 15))
         sides = np.exp(rng.uniform(np.log(3), np.log(400), (N, 2)))
         corners = rng.random((N, 2)) * (640, 480) * 0.5
@@ -244,7 +244,7 @@ def test_some_classes_alone(tmp_path: Path) -> None:
     assert result.num_detections == 1
 
 
-def test_only_classes_keeps_pictures_and_lets_other_categories_go(tmp_path: Path) -> None:
+def test_only_classes_keeps_images_and_lets_other_categories_go(tmp_path: Path) -> None:
     boxes: list[tuple[int, int, Box]] = [(10, 3, (0, 0, 5, 5)), (11, 7, (1, 1, 5, 5)), (12, 3, (2, 2, 5, 5))]
     index = only_classes(write_index(tmp_path, boxes, num_images=3), ["cat"])
     assert index.offsets.tolist() == [0, 1, 1, 2]
@@ -269,7 +269,7 @@ def test_coco_results(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("boxes", [[], [(10, 3, (0, 0, 50, 50), 1)]])
 def test_no_ground_truth(tmp_path: Path, boxes: list[Any]) -> None:
-    with pytest.raises(ValueError, match=rf"annotations.json: no ground truth.*1 pictures, {len(boxes)} annotations"):
+    with pytest.raises(ValueError, match=rf"annotations.json: no ground truth.*1 images, {len(boxes)} annotations"):
         CocoEvaluator(write_index(tmp_path, boxes))
 
 
@@ -282,7 +282,7 @@ def test_mistakes(tmp_path: Path) -> None:
     evaluator = CocoEvaluator(index)
     with pytest.raises(ValueError, match=r"image id 99 is not in .*annotations.json"):
         evaluator.update([99], [found()])
-    with pytest.raises(ValueError, match="2 image ids came with the detections of 1 pictures"):
+    with pytest.raises(ValueError, match="2 image ids came with the detections of 1 images"):
         evaluator.update([10, 10], [found()])
 
 
@@ -316,7 +316,7 @@ def batch_of(image_ids: list[int], skipped: list[str]) -> Batch:
 def test_loop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def postprocess(raw: RawPredictions, placements: Tensor, original_sizes: Tensor) -> list[Detections]:
         assert original_sizes.tolist() == [[100, 100]] * len(placements)
-        corners = raw.class_logits[:, 0, 0].tolist()  # the picture's id, because the picture is filled with it
+        corners = raw.class_logits[:, 0, 0].tolist()  # the image's id, because the image is filled with it
         return [found(((corner, corner, corner + 50, corner + 50), 0.9, 0)) for corner in corners]
 
     index = write_index(tmp_path, [(10 + i, 3, (10 + i, 10 + i, 50, 50)) for i in range(4)], num_images=4)
@@ -327,13 +327,13 @@ def test_loop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert min(timing.network, timing.postprocess, timing.wait) > 0
     result = evaluator.compute()
     assert result.unreadable == ("a.png: gone", "b.png: rotten")
-    assert result.figures["AR100"] == pytest.approx(0.75, abs=1e-9)  # picture 12 was not read
+    assert result.figures["AR100"] == pytest.approx(0.75, abs=1e-9)  # image 12 was not read
     assert "nothing was found: b.png: rotten" in caplog.text
 
     model.eval()
     evaluate(model, batches, postprocess, evaluator, torch.device("cpu"), amp="bf16")
     assert [model.training] == [False]
-    assert evaluator.compute() == result  # a picture that comes again is not counted again
+    assert evaluator.compute() == result  # an image that comes again is not counted again
 
     many = [batch_of([10], [f"{n}.png: gone" for n in range(12)])]
     evaluate(model, many, postprocess, evaluator, torch.device("cpu"))
@@ -348,7 +348,7 @@ def _evaluate_share(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     index, detections = draw(folder / str(rank))
     evaluator = CocoEvaluator(index)
-    # The first picture goes to both, as with a sampler that pads; the second process has other detections for it.
+    # The first image goes to both, as with a sampler that pads; the second process has other detections for it.
     ids = list(detections)[rank::2] + list(detections)[:1]
     for image_id in dict.fromkeys(ids):
         own = detections[image_id]
@@ -364,7 +364,7 @@ def _evaluate_share(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_count_every_picture_once(tmp_path: Path) -> None:
+def test_two_processes_count_every_image_once(tmp_path: Path) -> None:
     for rank in range(2):
         (tmp_path / str(rank)).mkdir()
     torch.multiprocessing.spawn(_evaluate_share, (tmp_path,), nprocs=2)

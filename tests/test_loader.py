@@ -26,7 +26,7 @@ from detection.structures import Batch, Sample
 
 
 def write_json(folder: Path, sizes: list[tuple[int, int]], boxes: dict[int, list[list[float]]]) -> CocoIndex:
-    """Pictures 0.jpg, 1.jpg … of these (height, width), ids from 100."""
+    """Images 0.jpg, 1.jpg … of these (height, width), ids from 100."""
     content = {
         "images": [{"id": 100 + i, "file_name": f"{i}.jpg", "width": w, "height": h} for i, (h, w) in enumerate(sizes)],
         "annotations": [],
@@ -51,7 +51,7 @@ def draw(folder: Path, name: str, size: tuple[int, int], shade: int, orientation
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Twelve pictures of 40x60; number n has n % 3 boxes."""
+    """Twelve images of 40x60; number n has n % 3 boxes."""
     for number in range(12):
         draw(tmp_path, f"{number}.jpg", (40, 60), 10 * number)
     write_json(tmp_path, [(40, 60)] * 12, {n: [[10, 5, 20, 10]] * (n % 3) for n in range(12)})
@@ -68,7 +68,7 @@ def evaluation(folder: Path) -> DetectionDataset:
     return DetectionDataset(CocoIndex.read(folder / "a.json"), folder, EvalTransform((32, 48)))
 
 
-def test_collate_of_pictures_without_objects(folder: Path) -> None:
+def test_collate_of_images_without_objects(folder: Path) -> None:
     batch = collate([training(folder)[0, 0], training(folder)[0, 3]])
     assert batch.boxes.shape == (2, 8, 4)
     assert not batch.valid.any()
@@ -116,10 +116,10 @@ def test_evaluation_gives_the_pixels_of_the_predictor(folder: Path) -> None:
     assert sample.image[10, 5, 0] > 240, "red comes first"
 
 
-def test_boxes_are_cut_off_at_the_picture_before_they_are_placed(tmp_path: Path) -> None:
+def test_boxes_are_cut_off_at_the_image_before_they_are_placed(tmp_path: Path) -> None:
     draw(tmp_path, "0.jpg", (40, 60), 0)
     write_json(tmp_path, [(40, 60)], {0: [[-10, 5, 30, 100]]})
-    # The canvas of an expanded picture is larger than the picture; a box must not reach into its fill.
+    # The canvas of an expanded image is larger than the image; a box must not reach into its fill.
     config = AugmentConfig(expand_probability=1.0, expand_max_scale=2.0)
     for epoch in range(10):
         sample = training(tmp_path, config)[epoch, 0]
@@ -168,16 +168,16 @@ def test_exif_orientation_follows_the_annotation(
     assert sample.image[-5, 5, 0] < 50 if turned else sample.image[5, -5, 0] < 50
 
 
-def test_unreadable_pictures(folder: Path) -> None:
+def test_unreadable_images(folder: Path) -> None:
     (folder / "1.jpg").unlink()
     (folder / "2.jpg").write_bytes((folder / "2.jpg").read_bytes()[:40])
     (folder / "4.jpg").write_bytes(b"")
     draw(folder, "5.jpg", (41, 60), 0)
     reasons = {
         1: "1.jpg: No such file or directory",
-        2: "2.jpg: the picture does not decode (40 bytes)",
-        4: "4.jpg: the picture does not decode (0 bytes)",
-        5: "5.jpg: the picture is 60x41 pixels, its annotation says 60x40",
+        2: "2.jpg: the image does not decode (40 bytes)",
+        4: "4.jpg: the image does not decode (0 bytes)",
+        5: "5.jpg: the image is 60x41 pixels, its annotation says 60x40",
     }
     for position, reason in reasons.items():
         skipped = evaluation(folder)[0, position]
@@ -198,7 +198,7 @@ def test_unreadable_pictures(folder: Path) -> None:
     assert sorted(reason for batch in batches for reason in batch.skipped) == sorted(
         f"{folder}/{reason}" for reason in reasons.values()
     )
-    assert batches[2].images.shape == (0, 3, 32, 48)  # both of its pictures are unreadable
+    assert batches[2].images.shape == (0, 3, 32, 48)  # both of its images are unreadable
     assert batches[2].boxes.shape[0] == batches[2].original_sizes.shape[0] == 0
 
     (batch,) = build_loader(training(folder), batch_size=12)
@@ -206,35 +206,35 @@ def test_unreadable_pictures(folder: Path) -> None:
     assert {f"{folder}/{reason}" for reason in reasons.values()} == set(batch.skipped)
 
 
-def test_too_many_unreadable_pictures_in_a_row_end_it(folder: Path) -> None:
+def test_too_many_unreadable_images_in_a_row_end_it(folder: Path) -> None:
     dataset = training(folder)
     for path in folder.glob("*.jpg"):
         path.write_bytes(b"nothing")
-    with pytest.raises(UnreadableImageError, match=r"21 pictures in a row cannot be read; the first: .*3.jpg"):
+    with pytest.raises(UnreadableImageError, match=r"21 images in a row cannot be read; the first: .*3.jpg"):
         dataset[0, 3]
 
 
 def test_a_wrong_folder_is_found_before_training(folder: Path, tmp_path: Path) -> None:
     index, transform = CocoIndex.read(folder / "a.json"), EvalTransform((32, 48))
-    with pytest.raises(FileNotFoundError, match=r"picture folder .*none does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"image folder .*none does not exist"):
         DetectionDataset(index, folder / "none", transform)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"empty has none of 12 pictures of .*a.json; .*0.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"empty has none of 12 images of .*a.json; .*0.jpg"):
         DetectionDataset(index, tmp_path / "empty", transform)
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
     draw(tmp_path, "0.jpg", (40, 60), 0)
     write_json(tmp_path, [(40, 60)], {})
-    with pytest.raises(ValueError, match="nothing to learn: 1 pictures, 0 annotations"):
+    with pytest.raises(ValueError, match="nothing to learn: 1 images, 0 annotations"):
         training(tmp_path)
     assert len(evaluation(tmp_path)) == 1
 
 
 def test_a_batch_larger_than_the_data_is_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="batch size 13 is larger than the 12 pictures per process"):
+    with pytest.raises(ValueError, match="batch size 13 is larger than the 12 images per process"):
         build_loader(training(folder), batch_size=13)
-    with pytest.raises(ValueError, match="batch size 7 is larger than the 6 pictures per process"):
+    with pytest.raises(ValueError, match="batch size 7 is larger than the 6 images per process"):
         build_loader(training(folder), batch_size=7, world_size=2)
 
 
@@ -276,7 +276,7 @@ def test_samples_are_the_same_with_and_without_workers(folder: Path) -> None:
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.boxes, b.boxes)
         assert torch.equal(a.image_ids, b.image_ids)
-    assert [len(batch) for batch in here[0]] == [5, 5]  # the last two pictures make no batch
+    assert [len(batch) for batch in here[0]] == [5, 5]  # the last two images make no batch
     assert not torch.equal(here[0][0].images, here[1][0].images)
 
 

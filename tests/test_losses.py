@@ -15,7 +15,7 @@ from detection.structures import RawPredictions, Target
 
 
 def loss_slowly(config: LossConfig, raw: RawPredictions, target: Target, first_column: int) -> dict[str, float]:
-    """One picture after the other, one anchor after the other."""
+    """One image after the other, one anchor after the other."""
     positives, box, classification = 0, 0.0, 0.0
     for b in range(len(raw.class_logits)):
         boxes, labels = target.boxes[b, target.valid[b]], target.labels[b, target.valid[b]]
@@ -61,7 +61,7 @@ def drawn(num_objects: int, columns: int, seed: int = 0) -> tuple[RawPredictions
     raw = RawPredictions(torch.randn(4, 80, 4) * 2, torch.randn(4, 80, columns), anchors)
     boxes = cxcywh_to_xyxy(torch.rand(4, num_objects, 4) * torch.tensor([100.0, 100, 30, 30]) + 5)
     valid = torch.rand(4, num_objects) < 0.7
-    valid[2] = False  # a picture without objects
+    valid[2] = False  # an image without objects
     labels = torch.randint(0, 3, (4, num_objects))
     return raw, Target(boxes * valid[..., None], labels * valid, valid)
 
@@ -99,7 +99,7 @@ def test_by_hand() -> None:
     assert weighted(raw, target)["loss"].item() == pytest.approx(0.25 + 2 * math.log(3))
 
 
-def test_a_picture_without_objects_teaches_background() -> None:
+def test_a_image_without_objects_teaches_background() -> None:
     anchors = torch.tensor([[0.0, 0, 10, 10], [10, 0, 20, 10], [20, 0, 30, 10], [30, 0, 40, 10]])
     logits = torch.zeros(1, 4, 2, requires_grad=True)
     raw = RawPredictions(torch.zeros(1, 4, 4), logits, anchors)

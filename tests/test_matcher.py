@@ -10,7 +10,7 @@ from detection.matcher import Matcher, MatcherConfig
 
 
 def match_slowly(boxes: Tensor, anchors: Tensor, threshold: float, rounds: int) -> dict[int, int]:
-    """One picture: anchor -> object, written as the docstring of ``Matcher`` says it."""
+    """One image: anchor -> object, written as the docstring of ``Matcher`` says it."""
     result: dict[int, int] = {}
     iou = box_iou(boxes, anchors)
     for a in range(len(anchors)):
@@ -32,7 +32,7 @@ def match_slowly(boxes: Tensor, anchors: Tensor, threshold: float, rounds: int) 
     return result | claimed
 
 
-def test_pictures_without_objects() -> None:
+def test_images_without_objects() -> None:
     anchors = torch.tensor([[0.0, 0, 10, 10]])
     none = Matcher(MatcherConfig())(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool), anchors)
     assert none.positive.shape == (2, 1)

@@ -73,7 +73,7 @@ def test_predictions_are_in_the_order_of_the_anchors() -> None:
     assert set(centres[:, 1].round().tolist()) == {6, 7, 8}
 
 
-def test_uint8_and_float_pictures_are_the_same() -> None:
+def test_uint8_and_float_images_are_the_same() -> None:
     torch.manual_seed(0)
     model = Detector(DetectorConfig(backbone=MobileNetV2Config(width=0.35), input_size=(96, 96)), 2).eval()
     images = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)
@@ -97,7 +97,7 @@ def test_configs_that_make_no_sense(config: DetectorConfig, num_classes: int, me
         Detector(config, num_classes)
 
 
-def test_a_picture_of_another_size_is_refused() -> None:
+def test_a_image_of_another_size_is_refused() -> None:
     model = Detector(DetectorConfig(backbone=MobileNetV2Config(width=0.35), input_size=(96, 128)), 2)
     with pytest.raises(ValueError, match=r"built for inputs of \(96, 128\).*got \(128, 96\)"):
         model(torch.zeros(1, 3, 128, 96))

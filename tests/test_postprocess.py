@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from detection.box_coder import BoxCoder
-from detection.postprocess import Postprocess, PostprocessConfig, to_picture
+from detection.postprocess import Postprocess, PostprocessConfig, to_image
 from detection.structures import RawPredictions
 
 ANCHORS = torch.tensor([[0.0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 70, 90]])
@@ -60,12 +60,12 @@ def test_sigmoid_scores_with_and_without_a_background_column() -> None:
     assert found.scores.tolist() == pytest.approx([0.99988, 0.5], abs=1e-5)
 
 
-def test_boxes_come_back_to_the_picture_by_hand() -> None:
-    # A picture 200 wide and 100 high, letterboxed into 320 x 320: scale 1.6, 80 pixels above it.
-    # (80, 80)-(160, 240) in the input is (50, 0)-(100, 100) in the picture; what sticks out is cut off by the whole road.
+def test_boxes_come_back_to_the_image_by_hand() -> None:
+    # An image 200 wide and 100 high, letterboxed into 320 x 320: scale 1.6, 80 pixels above it.
+    # (80, 80)-(160, 240) in the input is (50, 0)-(100, 100) in the image; what sticks out is cut off by the whole road.
     anchors = torch.tensor([[80.0, 80, 160, 240], [-16, 0, 400, 400]])
     placements = torch.tensor([[1.6, 1.6, 0.0, 80.0]])
-    assert to_picture(anchors, placements[0]).tolist() == [[50, 0, 100, 100], [-10, -50, 250, 200]]
+    assert to_image(anchors, placements[0]).tolist() == [[50, 0, 100, 100], [-10, -50, 250, 200]]
     raw = RawPredictions(torch.zeros(1, 2, 4), softmax_logits((0.8, 0.05), (0.7, 0.05)), anchors)
     (found,) = Postprocess(PostprocessConfig(score_threshold=0.1), BoxCoder(), "softmax", True)(
         raw, placements, torch.tensor([[100, 200]])
@@ -74,7 +74,7 @@ def test_boxes_come_back_to_the_picture_by_hand() -> None:
 
 
 def test_suppression_comes_before_clipping() -> None:
-    # Inside the picture both are the same 10 x 10; whole, they share 100 of 400 + 100.
+    # Inside the image both are the same 10 x 10; whole, they share 100 of 400 + 100.
     anchors = torch.tensor([[0.0, 0, 10, 10], [-10, -10, 10, 10]])
     found = run(
         PostprocessConfig(score_threshold=0.1, nms_threshold=0.5), softmax_logits((0.8, 0.05), (0.7, 0.05)), anchors
@@ -82,12 +82,12 @@ def test_suppression_comes_before_clipping() -> None:
     assert found == [([0, 0, 10, 10], 0.8, 0), ([0, 0, 10, 10], 0.7, 0)]
 
 
-def test_a_box_outside_of_its_picture_is_dropped() -> None:
+def test_a_box_outside_of_its_image_is_dropped() -> None:
     anchors = torch.tensor([[-30.0, 0, -10, 10]])
     assert run(PostprocessConfig(), softmax_logits((0.9, 0.05)), anchors) == []
 
 
-def test_pictures_of_a_batch_do_not_meet() -> None:
+def test_images_of_a_batch_do_not_meet() -> None:
     torch.manual_seed(0)
     raw = RawPredictions(torch.randn(3, 3, 4), torch.randn(3, 3, 3), ANCHORS)
     post = Postprocess(PostprocessConfig(), BoxCoder(), "softmax", True)
@@ -119,7 +119,7 @@ def test_suppression_looks_further_where_the_best_are_all_the_same_object() -> N
     assert found == [([0, 0, 10, 10], 0.9, 0), ([50, 50, 70, 90], 0.5, 0)]
 
 
-def test_pictures_of_a_batch_with_different_numbers_of_candidates_do_not_meet() -> None:
+def test_images_of_a_batch_with_different_numbers_of_candidates_do_not_meet() -> None:
     busy, quiet = (
         softmax_logits((0.8, 0.1), (0.6, 0.3), (0.02, 0.9)),
         softmax_logits((0.1, 0.1), (0.1, 0.1), (0.7, 0.1)),

@@ -1,7 +1,7 @@
 """One-pass post-processing against an exhaustive loop over classes. Run: pytest tests/test_postprocess_reference.py
 
 The loop sees every (anchor, class) pair: for each class alone it takes all anchors above the threshold, suppresses, clips
-and keeps the best. Post-processing sees the best 1,000 pairs of a picture. The two must agree in AP.
+and keeps the best. Post-processing sees the best 1,000 pairs of an image. The two must agree in AP.
 """
 
 import json
@@ -47,15 +47,15 @@ def greedy_nms(boxes: NDArray[np.float64], scores: NDArray[np.float64], threshol
 def exhaustive(
     raw: RawPredictions, scores: Tensor, sizes: Tensor, config: PostprocessConfig, limit: int = 100
 ) -> list[Detections]:
-    """The reference, for pictures stretched to the input of side ``raw``'s anchors; COCO looks at 100 a class at most."""
+    """The reference, for images stretched to the input of side ``raw``'s anchors; COCO looks at 100 a class at most."""
     side = 2 * float(raw.anchors.mean())  # anchors lie symmetrically about the centre of the input
     found = []
-    for encodings, of_picture, size in zip(raw.box_encodings, scores, sizes, strict=True):
+    for encodings, of_image, size in zip(raw.box_encodings, scores, sizes, strict=True):
         scale = size.flip(-1).repeat(2).double().numpy() / side
         all_boxes = BoxCoder().decode(encodings, raw.anchors).double().numpy() * scale
         clipped = np.clip(all_boxes, 0, size.flip(-1).repeat(2).numpy())
         rows = []
-        for label, of_class in enumerate(of_picture.T.double().numpy()):
+        for label, of_class in enumerate(of_image.T.double().numpy()):
             usable = np.flatnonzero(of_class > config.score_threshold)
             kept = usable[greedy_nms(all_boxes[usable], of_class[usable], config.nms_threshold, limit)]
             kept = kept[(clipped[kept, 2:] > clipped[kept, :2]).all(1)]
@@ -72,7 +72,7 @@ def average_precision(index: CocoIndex, image_ids: list[int], detections: list[D
 
 
 def whole(sizes: Tensor, side: int) -> Tensor:
-    """Placements of pictures stretched to the input."""
+    """Placements of images stretched to the input."""
     scales = side / sizes.flip(-1)
     return torch.cat((scales, torch.zeros_like(scales)), 1)
 
@@ -144,7 +144,7 @@ def test_same_detections_where_nothing_is_cut_off(tmp_path: Path) -> None:
 
 @needs_shared("weights/ssdlite_mobilenet_v2_person_expected.npz")
 def test_real_predictions() -> None:
-    """What TensorFlow's SSDLite (one class, sigmoid scores) says of four pictures, and the detections it makes of that."""
+    """What TensorFlow's SSDLite (one class, sigmoid scores) says of four images, and the detections it makes of that."""
     stored = np.load(SHARED / "weights/ssdlite_mobilenet_v2_person_expected.npz")
     encodings = torch.from_numpy(stored["raw_box_encodings"][:, :, 0][..., [1, 0, 3, 2]])  # (y, x, h, w) there
     raw = RawPredictions(encodings, torch.from_numpy(stored["raw_class_logits"]), make_anchors(300))

@@ -171,13 +171,13 @@ def test_cuda_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load_detector(tmp_path / "d.safetensors", device="cuda")
 
 
-def test_pictures_that_are_none(tmp_path: Path, image: np.ndarray) -> None:
+def test_images_that_are_none(tmp_path: Path, image: np.ndarray) -> None:
     detector = Predictor(*small_detector(), torch.device("cpu"))
-    with pytest.raises(FileNotFoundError, match=r"gone\.jpg: no such picture"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg: no such image"):
         detector(tmp_path / "gone.jpg")
-    for content in (b"", b"no picture"):
+    for content in (b"", b"no image"):
         (tmp_path / "bad.jpg").write_bytes(content)
-        with pytest.raises(ValueError, match=r"bad\.jpg does not decode as a picture"):
+        with pytest.raises(ValueError, match=r"bad\.jpg does not decode as an image"):
             read_image(tmp_path / "bad.jpg")
     with pytest.raises(ValueError, match=r"got float32 \(150, 200, 3\)"):
         detector(image.astype(np.float32))

@@ -32,7 +32,7 @@ from backbones.pretrain import (
 CPU = torch.device("cpu")
 
 
-def write_picture(path: Path, color: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (40, 60)) -> None:
+def write_image(path: Path, color: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (40, 60)) -> None:
     """A PNG of one RGB colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = np.full((*size, 3), color, np.uint8)
@@ -41,11 +41,11 @@ def write_picture(path: Path, color: tuple[int, int, int] = (10, 20, 30), size: 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Classes cat (3 pictures, one a folder deeper) and dog (2), with things that are no pictures among them."""
-    root = tmp_path / "pictures"
+    """Classes cat (3 images, one a folder deeper) and dog (2), with things that are no images among them."""
+    root = tmp_path / "images"
     for number, name in enumerate(["cat/b.png", "cat/a.png", "cat/more/c.PNG", "dog/ä.png", "dog/z.png"]):
-        write_picture(root / name, (number, 50, 200))
-    (root / "cat" / "notes.txt").write_text("no picture")
+        write_image(root / name, (number, 50, 200))
+    (root / "cat" / "notes.txt").write_text("no image")
     (root / "cat" / ".hidden.png").write_bytes(b"")
     (root / ".cache").mkdir()
     (root / "README").write_text("no class")
@@ -63,18 +63,16 @@ def test_folder(root: Path) -> None:
 
 
 def test_folder_errors(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"picture folder .*nowhere does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"image folder .*nowhere does not exist"):
         read_image_folder(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(
-        ValueError, match=r"picture folder .*empty has no class folders; pictures are expected as .*CLASS"
-    ):
+    with pytest.raises(ValueError, match=r"image folder .*empty has no class folders; images are expected as .*CLASS"):
         read_image_folder(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"has other classes .*; missing: owl; not in the training data: dog"):
         read_image_folder(root, ("cat", "owl"))
     (root / "bird").mkdir()
     (root / "bird" / "readme.md").write_text("later")
-    with pytest.raises(ValueError, match=r"class folder .*bird has no picture \(.*\.jpg.*\); add some or remove it"):
+    with pytest.raises(ValueError, match=r"class folder .*bird has no image \(.*\.jpg.*\); add some or remove it"):
         read_image_folder(root)
 
 
@@ -84,10 +82,10 @@ def test_read_image(root: Path, tmp_path: Path) -> None:
     assert image[0, 0].tolist() == [0, 50, 200], "red first"
     cv2.imwrite(str(tmp_path / "grey.png"), np.full((4, 5), 7, np.uint8))
     assert read_image(tmp_path / "grey.png").shape == (4, 5, 3)
-    for content in (b"", b"not a picture", (root / "cat" / "b.png").read_bytes()[:40]):
+    for content in (b"", b"not an image", (root / "cat" / "b.png").read_bytes()[:40]):
         (tmp_path / "rotten.jpg").write_bytes(content)
         with pytest.raises(
-            UnreadableImageError, match=rf"rotten.jpg: the picture does not decode \({len(content)} bytes\)"
+            UnreadableImageError, match=rf"rotten.jpg: the image does not decode \({len(content)} bytes\)"
         ):
             read_image(tmp_path / "rotten.jpg")
     with pytest.raises(UnreadableImageError, match=r"gone.jpg: No such file"):
@@ -133,7 +131,7 @@ def test_flip_and_whole_crop() -> None:
     assert np.array_equal(TrainTransform(config)(image, 0, 0), image[:, ::-1])
 
 
-def test_one_rotten_picture_is_replaced_in_training_and_left_out_in_evaluation(root: Path) -> None:
+def test_one_rotten_image_is_replaced_in_training_and_left_out_in_evaluation(root: Path) -> None:
     (root / "cat" / "a.png").write_bytes(b"rotten")
     folder = read_image_folder(root)
     config = TransformConfig(size=32, eval_size=32)
@@ -141,7 +139,7 @@ def test_one_rotten_picture_is_replaced_in_training_and_left_out_in_evaluation(r
     sample = training[5, 0]
     assert sample.image is not None
     assert len(sample.skipped) == 1
-    assert "cat/a.png: the picture does not decode (6 bytes)" in sample.skipped[0]
+    assert "cat/a.png: the image does not decode (6 bytes)" in sample.skipped[0]
     again = training[5, 0]
     assert again.label == sample.label
     assert np.array_equal(again.image, sample.image)
@@ -156,18 +154,18 @@ def test_one_rotten_picture_is_replaced_in_training_and_left_out_in_evaluation(r
     assert len(batch.skipped) == 1
 
 
-def test_only_rotten_pictures(root: Path) -> None:
+def test_only_rotten_images(root: Path) -> None:
     folder = read_image_folder(root)
     for position in range(5):
         folder.path(position).write_bytes(b"x")
     config = TransformConfig(size=32, eval_size=32)
-    with pytest.raises(UnreadableImageError, match=r"21 pictures in a row cannot be read; the first: .*a.png"):
+    with pytest.raises(UnreadableImageError, match=r"21 images in a row cannot be read; the first: .*a.png"):
         ClassificationDataset(folder, TrainTransform(config))[0, 0]
     evaluation = ClassificationDataset(folder, EvalTransform(config))
     batch = collate([evaluation[0, position] for position in range(5)])
     assert len(batch) == 0
     accuracy = measure_accuracy(nn.Identity(), [batch], Normalise(), CPU)
-    with pytest.raises(ValueError, match=r"no picture of the evaluation can be read: .*a.png"):
+    with pytest.raises(ValueError, match=r"no image of the evaluation can be read: .*a.png"):
         accuracy.scalars()
 
 
@@ -191,7 +189,7 @@ def test_normalise_by_hand() -> None:
     assert values == pytest.approx([-1.0, 2.0, 0.1])
 
 
-def test_step_is_cross_entropy_of_normalised_pictures() -> None:
+def test_step_is_cross_entropy_of_normalised_images() -> None:
     torch.manual_seed(0)
     model = Classifier(ClassifierConfig(backbone=MobileNetV2Config(width=0.35)), 3).eval()
     nn.init.normal_(model.linear.weight)  # logits far enough apart for the smoothing to count
@@ -286,7 +284,7 @@ def test_transform_config_refuses(change: dict, message: str) -> None:
         TransformConfig(**change).validate()
 
 
-def test_picture_that_went_away(root: Path) -> None:
+def test_image_that_went_away(root: Path) -> None:
     folder = read_image_folder(root)
     shutil.rmtree(root / "dog")
     sample = ClassificationDataset(folder, EvalTransform(TransformConfig()))[0, 4]

@@ -165,8 +165,8 @@ def test_one_line_from_a_name_to_a_detector(
 
     from tools.demo_video import main as demo_video
 
-    cv2.imwrite("picture.png", np.zeros((64, 64, 3), np.uint8))
-    demo_video(["coco_in_a_test", "--source", "picture.png", "--json", "out.jsonl", "--device", "cpu"])
+    cv2.imwrite("image.png", np.zeros((64, 64, 3), np.uint8))
+    demo_video(["coco_in_a_test", "--source", "image.png", "--json", "out.jsonl", "--device", "cpu"])
     assert json.loads((tmp_path / "out.jsonl").read_text())["frame"] == 0
 
 
@@ -256,7 +256,7 @@ def test_a_classifier_from_a_local_address(monkeypatch: pytest.MonkeyPatch, tmp_
     assert read_metadata(tmp_path / "out.safetensors")["source"].startswith("file://")
 
 
-def test_folded_classifiers_need_pictures(tmp_path: Path) -> None:
+def test_folded_classifiers_need_images(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"convert_weights.py mobilenet_v2_1.0_224_quant OUT.*--statistics-from FOLDER"
     ):

@@ -14,7 +14,7 @@ from detection.video import FrameReader
 from tools import demo_video, eval_det, quickstart, train_cls, train_det
 
 TOOLS = Path(quickstart.__file__).parent
-SMALL = ["--num-train", "4", "--num-val", "3", "--num-crops", "2", "--num-frames", "5", "--picture-side", "64"]
+SMALL = ["--num-train", "4", "--num-val", "3", "--num-crops", "2", "--num-frames", "5", "--image-side", "64"]
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_whole_road(tmp_path: Path, calls: dict[str, list[str]], capsys: pytest.
     assert Path(after(calls["train_cls"], "--data.train")) == run_dir / "data" / "classification" / "train"
     assert calls["train_cls"][0].endswith("configs/quickstart.py:classifier")
     assert calls["train_det"][0].endswith("configs/quickstart.py:detector")
-    # the detector starts from the file that train_cls writes, and is measured on pictures it did not train on
+    # the detector starts from the file that train_cls writes, and is measured on images it did not train on
     assert after(calls["train_det"], "--weights") == str(run_dir / "classifier" / "backbone.safetensors")
     assert after(calls["eval_det"], "--annotations") == str(run_dir / "data" / "detection" / "val.json")
     assert calls["eval_det"][0] == "some/best.pt"
@@ -61,21 +61,21 @@ def test_whole_road(tmp_path: Path, calls: dict[str, list[str]], capsys: pytest.
 
     summary = json.loads((run_dir / "summary.json").read_text())
     assert (summary["AP"], summary["AP50"]) == (0.6543, 0.91)
-    parts = ["data", "classifier", "detector", "evaluation", "pictures", "film", "total"]
+    parts = ["data", "classifier", "detector", "evaluation", "images", "video", "total"]
     assert list(summary["seconds"]) == parts
     assert summary["seconds"]["total"] == pytest.approx(sum(list(summary["seconds"].values())[:-1]))
     assert {name: Path(path) for name, path in summary["paths"].items()} == result.paths
 
-    for name in ("film", "film with boxes"):
+    for name in ("video", "video with boxes"):
         with FrameReader(result.paths[name]) as reader:
             assert (reader.num_frames, reader.size, reader.rate) == (5, (128, 128), 25)
-    assert len(result.paths["film's detections"].read_text().splitlines()) == 5
-    assert cv2.imread(str(result.paths["detections"])).shape[1] == 3 * 480 + 2 * 4  # three pictures in a row
-    single = cv2.imread(str(run_dir / "pictures" / "detections_0.jpg"))
+    assert len(result.paths["video's detections"].read_text().splitlines()) == 5
+    assert cv2.imread(str(result.paths["detections"])).shape[1] == 3 * 480 + 2 * 4  # three images in a row
+    single = cv2.imread(str(run_dir / "images" / "detections_0.jpg"))
     assert single.shape == (480, 480, 3)
     printed = capsys.readouterr().out
     assert "AP 0.654, AP50 0.910" in printed
-    assert str(run_dir / "film_detections.mp4") in printed
+    assert str(run_dir / "video_detections.mp4") in printed
 
 
 def test_second_run_begins_anew_and_spares_what_is_not_its_own(tmp_path: Path, calls: dict[str, list[str]], capsys):
@@ -94,7 +94,7 @@ def test_second_run_begins_anew_and_spares_what_is_not_its_own(tmp_path: Path, c
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_no_pictures_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_no_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         quickstart.main(["--run-dir", str(tmp_path / "run"), "--num-train", "0"])
     assert "--num-train 0: must be at least 1" in capsys.readouterr().err

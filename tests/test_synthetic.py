@@ -12,8 +12,8 @@ from detection.data.synthetic import (
     draw_classification_set,
     draw_crop,
     draw_detection_set,
-    draw_moving_pictures,
-    draw_picture,
+    draw_image,
+    draw_video_frames,
 )
 
 
@@ -63,10 +63,10 @@ def test_visible_share_counts_what_later_objects_cover():
     assert synthetic._visible([], (20, 40)) == []
 
 
-def test_pictures_are_what_the_docstring_says():
+def test_images_are_what_the_docstring_says():
     longest, counts = [], []
     for number in range(150):
-        image, boxes, labels = draw_picture(np.random.default_rng((7, number)), (160, 200))
+        image, boxes, labels = draw_image(np.random.default_rng((7, number)), (160, 200))
         assert image.shape == (160, 200, 3)
         assert image.dtype == np.uint8
         assert boxes.dtype == np.float32
@@ -97,8 +97,8 @@ def test_no_object_is_hidden_by_more_than_forty_percent(monkeypatch: pytest.Monk
     partly_hidden = 0
     for number in range(60):
         painted.clear()
-        picture = draw_picture(np.random.default_rng(number), (128, 128), max_objects=12)
-        assert len(painted) == len(picture.boxes)  # what is painted has a box, and the other way round
+        image = draw_image(np.random.default_rng(number), (128, 128), max_objects=12)
+        assert len(painted) == len(image.boxes)  # what is painted has a box, and the other way round
         visible = synthetic._visible(painted, (128, 128))
         assert min(visible) >= 0.6
         partly_hidden += sum(share < 1 for share in visible)
@@ -115,7 +115,7 @@ def test_detection_set_on_disk(tmp_path: Path):
     assert sorted(path.name for path in found.train_images.iterdir()) == [r["file_name"] for r in coco["images"]]
     assert (coco["images"][0]["height"], coco["images"][0]["width"]) == (96, 128)
     assert cv2.imread(str(found.train_images / "000000.jpg")).shape == (96, 128, 3)
-    drawn = draw_picture(np.random.default_rng((3, 0, 4)), (96, 128))
+    drawn = draw_image(np.random.default_rng((3, 0, 4)), (96, 128))
     of_fifth = [record for record in coco["annotations"] if record["image_id"] == 5]
     assert [record["category_id"] - 1 for record in of_fifth] == drawn.labels.tolist()
     x, y, width, height = np.array([record["bbox"] for record in of_fifth]).T
@@ -165,30 +165,30 @@ def test_crop_holds_its_object_whole(monkeypatch: pytest.MonkeyPatch):
         assert 24 <= max(x2 - x1, y2 - y1) <= 56
 
 
-def test_film_moves_and_keeps_its_ground():
-    frames = list(draw_moving_pictures(30, (120, 160), seed=0, num_objects=4))
+def test_video_moves_and_keeps_its_ground():
+    frames = list(draw_video_frames(30, (120, 160), seed=0, num_objects=4))
     assert len(frames) == 30
     assert all(frame.image.shape == (120, 160, 3) for frame in frames)
     assert set(frames[0].labels) <= set(range(6))
     centres = [frame.boxes[:, :2] + frame.boxes[:, 2:] for frame in (frames[0], frames[-1])]
     assert not np.array_equal(*centres)
     assert all((f.boxes >= 0).all() and (f.boxes[:, 2:] <= (160, 120)).all() for f in frames)
-    again = next(draw_moving_pictures(1, (120, 160), seed=0, num_objects=4))
+    again = next(draw_video_frames(1, (120, 160), seed=0, num_objects=4))
     np.testing.assert_array_equal(again.image, frames[0].image)
 
 
-def test_too_small_a_picture_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"size \(20, 64\): pictures need at least 32 pixels a side"):
+def test_too_small_a_image_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"size \(20, 64\): images need at least 32 pixels a side"):
         draw_detection_set(tmp_path, num_train=1, num_val=1, size=(20, 64))
 
 
-def test_unwritable_picture_names_the_file(tmp_path: Path):
-    with pytest.raises(OSError, match=r"nowhere/a\.jpg: the picture could not be written"):
+def test_unwritable_image_names_the_file(tmp_path: Path):
+    with pytest.raises(OSError, match=r"nowhere/a\.jpg: the image could not be written"):
         synthetic._write_jpeg(tmp_path / "nowhere" / "a.jpg", np.zeros((8, 8, 3), np.uint8))
 
 
 def test_drawing_is_fast():
     begin = time.process_time()
     for number in range(20):
-        draw_picture(np.random.default_rng(number), (320, 320))
+        draw_image(np.random.default_rng(number), (320, 320))
     assert (time.process_time() - begin) / 20 < 0.05  # 5 ms where this was written

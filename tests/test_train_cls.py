@@ -51,9 +51,7 @@ def test_whole_road(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.C
     metadata = read_metadata(run_dir / "backbone.safetensors")
     class_names = tuple(sorted(folder.name for folder in folders[0].iterdir()))
     assert json.loads(metadata["class_names"]) == list(class_names)
-    assert (
-        metadata["source"] == f"trained on {4 * len(class_names)} pictures of {len(class_names)} classes, from a test"
-    )
+    assert metadata["source"] == f"trained on {4 * len(class_names)} images of {len(class_names)} classes, from a test"
     assert metadata["licence"] == "CC0-1.0"
 
     # What a detector and the next classifier take: the best epoch's weights with their normalisation.
@@ -126,28 +124,28 @@ def test_mistakes_end_in_one_clear_line(
     assert not run.exists()
 
 
-def test_too_many_rotten_validation_pictures(
+def test_too_many_rotten_validation_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folders = draw_classification_set(tmp_path, num_train=4, num_val=1, size=(48, 48))
     next(folders[1].glob("*/*.jpg")).write_bytes(b"rotten")
     message = run_and_fail(arguments(folders, tmp_path / "run", "--train.epochs", "1"), capsys)
-    assert re.search(r"1 of \d+ validation pictures cannot be read, more than --train.max-skipped-share 0.01", message)
+    assert re.search(r"1 of \d+ validation images cannot be read, more than --train.max-skipped-share 0.01", message)
     main(arguments(folders, tmp_path / "run2", "--train.epochs", "1", "--train.max-skipped-share", "0.5"))
     assert "left out of the accuracy, it cannot be read" in caplog.text
 
 
-def test_one_rotten_training_picture_does_not_end_the_training(
+def test_one_rotten_training_image_does_not_end_the_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = draw_classification_set(tmp_path, num_train=4, num_val=1, size=(48, 48))
     rotten = next(folders[0].glob("*/*.jpg"))
     rotten.write_bytes(b"rotten")
     main(arguments(folders, tmp_path / "run", "--train.epochs", "1", "--train.max-skipped-share", "0.1"))
-    assert f"skipped a picture that cannot be read: {rotten}" in caplog.text
-    assert "1 unreadable training pictures were skipped" in caplog.text
+    assert f"skipped an image that cannot be read: {rotten}" in caplog.text
+    assert "1 unreadable training images were skipped" in caplog.text
     message = run_and_fail(arguments(folders, tmp_path / "run2", "--train.epochs", "1"), capsys)
-    assert "training pictures cannot be read, more than --train.max-skipped-share 0.01 allows" in message
+    assert "training images cannot be read, more than --train.max-skipped-share 0.01 allows" in message
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2", "mobilenetv2_075", "mobilenetv2_050", "mobilenetv2_035"])
@@ -166,7 +164,7 @@ def test_imagenet_recipes(name: str) -> None:
 
 @pytest.mark.slow
 @needs_shared("weights/mobilenet_v2_torchvision_layout.pt", "data/clothing_cc0")
-def test_real_pictures_and_weights_go_through(tmp_path: Path) -> None:
+def test_real_images_and_weights_go_through(tmp_path: Path) -> None:
     """One short epoch at a small size; the accuracy of the recipe itself is in the README."""
     data = SHARED / "data" / "clothing_cc0"
     weights = SHARED / "weights" / "mobilenet_v2_torchvision_layout.pt"

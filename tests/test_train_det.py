@@ -1,4 +1,4 @@
-"""tools/train_det.py from drawn pictures to a detector in use. Run: pytest tests/test_train_det.py"""
+"""tools/train_det.py from drawn images to a detector in use. Run: pytest tests/test_train_det.py"""
 
 import json
 import os
@@ -68,8 +68,8 @@ def test_evaluation_of_the_checkpoint_gives_the_figure_of_the_training(
 
 
 def test_three_lines_with_the_checkpoint(trained: TrainResult, drawn: DetectionSet) -> None:
-    picture = next(iter(sorted(drawn.val_images.glob("*.jpg"))))
-    found = load_detector(trained.best_path, device="cpu", score_threshold=0.0)(picture)
+    image = next(iter(sorted(drawn.val_images.glob("*.jpg"))))
+    found = load_detector(trained.best_path, device="cpu", score_threshold=0.0)(image)
     assert len(found) > 0
     assert set(found.names()) <= set(read_detector(trained.best_path)[1].class_names)
 
@@ -114,7 +114,7 @@ def test_mistakes_end_in_one_clear_line(
     expect_error(command(drawn, run, "--data.train.annotations", "nowhere.json"), "nowhere.json", capsys)
     expect_error(command(drawn, run, "--data.train.images", str(tmp_path / "empty")), str(tmp_path / "empty"), capsys)
     expect_error(
-        command(drawn, run, "--train.batch-size", "100"), "batch size 100 is larger than the 24 pictures", capsys
+        command(drawn, run, "--train.batch-size", "100"), "batch size 100 is larger than the 24 images", capsys
     )
     expect_error([f"{ROOT}/configs/imagenet.py:mobilenetv2"], "needs a DetectionConfig", capsys)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

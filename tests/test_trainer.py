@@ -110,7 +110,7 @@ class PointsTask:
         self.scores: list[float] | None = None
         self.stop_in_evaluation: int | None = None
         self.num_evaluations = 0
-        self.pictures: list[tuple[int, bool]] = []
+        self.images: list[tuple[int, bool]] = []
 
     def train_loader(self) -> Loader:
         return self.loader
@@ -126,8 +126,8 @@ class PointsTask:
     def checkpoint_extra(self) -> dict[str, Any]:
         return {"class_names": ["point"], "mean": torch.zeros(3)}
 
-    def log_pictures(self, writer: SummaryWriter, step: int, batch: Points, model: nn.Module) -> None:
-        self.pictures.append((step, model.training))
+    def log_images(self, writer: SummaryWriter, step: int, batch: Points, model: nn.Module) -> None:
+        self.images.append((step, model.training))
 
 
 def config_of(**changes: Any) -> TrainConfig:
@@ -202,8 +202,8 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     assert set(lines[0]["losses"]) == {"loss", "error"}
     assert lines[0]["losses"]["error"] == pytest.approx(lines[0]["losses"]["loss"] / 2)
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"train": {"epochs": 3, "batch_size": 4}}
-    # pictures of the first batch, then after each evaluation, always in evaluation mode
-    assert task.pictures == [(0, False), (2, False), (4, False), (6, False)]
+    # images of the first batch, then after each evaluation, always in evaluation mode
+    assert task.images == [(0, False), (2, False), (4, False), (6, False)]
 
 
 def test_accumulation_equals_a_bigger_batch(tmp_path: Path) -> None:
@@ -422,29 +422,27 @@ def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
     assert "settings: train.epochs 2 -> 4; old 1 -> None; new None -> [2]. Resume" in str(error.value)
 
 
-def test_too_few_pictures_for_a_batch(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"3 training pictures give no batch of 4; lower --train\.batch-size"):
+def test_too_few_images_for_a_batch(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"3 training images give no batch of 4; lower --train\.batch-size"):
         run(PointsTask(num_points=3), config_of(), tmp_path / "run")
 
 
-def test_unreadable_pictures_are_named_once_and_the_run_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unreadable_images_are_named_once_and_the_run_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     task = PointsTask()
     task.loader.skipped = {0: ["a.jpg: does not decode"]}
     run(task, config_of(max_skipped_share=1 / 8), tmp_path / "run")
     named = [record.message for record in caplog.records if "a.jpg" in record.message]
-    assert named == ["skipped a picture that cannot be read: a.jpg: does not decode"]
-    assert "1 unreadable training pictures were skipped" in caplog.text
+    assert named == ["skipped an image that cannot be read: a.jpg: does not decode"]
+    assert "1 unreadable training images were skipped" in caplog.text
 
 
-def test_too_many_unreadable_pictures_end_the_run(tmp_path: Path) -> None:
+def test_too_many_unreadable_images_end_the_run(tmp_path: Path) -> None:
     task = PointsTask()
     task.loader.skipped = {0: [f"{name}.jpg: is not there" for name in "ab"], 1: [f"{name}.jpg: x" for name in "cdefg"]}
     with pytest.raises(ValueError, match="cannot be read") as error:
         run(task, config_of(max_skipped_share=0.25), tmp_path / "run")
     assert str(error.value).startswith(
-        "7 of 8 training pictures cannot be read, more than --train.max-skipped-share 0.25 allows: "
+        "7 of 8 training images cannot be read, more than --train.max-skipped-share 0.25 allows: "
         "a.jpg: is not there; b.jpg: is not there; c.jpg: x; d.jpg: x; e.jpg: x; and 2 more. Repair"
     )
 

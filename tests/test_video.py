@@ -9,18 +9,18 @@ import pytest
 from shared_data import SHARED, needs_shared
 
 from detection import video
-from detection.video import FilmWriter, Frame, FrameReader, write_film
+from detection.video import Frame, FrameReader, VideoWriter, write_video
 
 
 def coloured(number: int, height: int = 48, width: int = 64) -> np.ndarray:
-    """A red picture, brighter with its number."""
+    """A red image, brighter with its number."""
     image = np.zeros((height, width, 3), np.uint8)
     image[..., 0] = 20 + 10 * number
     return image
 
 
-def film(path: Path, num_frames: int, rate: float = 12.5) -> Path:
-    write_film(path, (coloured(number) for number in range(num_frames)), rate)
+def drawn_video(path: Path, num_frames: int, rate: float = 12.5) -> Path:
+    write_video(path, (coloured(number) for number in range(num_frames)), rate)
     return path
 
 
@@ -47,8 +47,8 @@ def no_readers() -> bool:
     return not any(thread.name == "FrameReader" for thread in threading.enumerate())
 
 
-def test_film_comes_back_as_it_was_written(tmp_path: Path):
-    path = film(tmp_path / "new folder" / "film.mp4", 20)
+def test_video_comes_back_as_it_was_written(tmp_path: Path):
+    path = drawn_video(tmp_path / "new folder" / "video.mp4", 20)
     with FrameReader(path) as reader:
         assert (reader.size, reader.rate, reader.num_frames, reader.live) == ((48, 64), 12.5, 20, False)
         frames = list(reader)
@@ -62,7 +62,7 @@ def test_film_comes_back_as_it_was_written(tmp_path: Path):
 
 
 def test_slow_reader_of_a_file_loses_nothing(tmp_path: Path):
-    with FrameReader(film(tmp_path / "film.mp4", 15), read_ahead=2) as reader:
+    with FrameReader(drawn_video(tmp_path / "video.mp4", 15), read_ahead=2) as reader:
         indices = []
         for frame in reader:
             time.sleep(0.01)
@@ -72,25 +72,25 @@ def test_slow_reader_of_a_file_loses_nothing(tmp_path: Path):
 
 
 def test_leaving_in_the_middle_stops_the_thread(tmp_path: Path):
-    with FrameReader(film(tmp_path / "film.mp4", 20), read_ahead=1) as reader:
+    with FrameReader(drawn_video(tmp_path / "video.mp4", 20), read_ahead=1) as reader:
         next(iter(reader))
     assert no_readers()
     assert reader.broken is None
     assert list(reader) == []  # closed is closed
 
 
-def test_leaving_before_the_last_frames_is_no_broken_film(tmp_path: Path):
-    with FrameReader(film(tmp_path / "film.mp4", 6)) as reader:
+def test_leaving_before_the_last_frames_is_no_broken_video(tmp_path: Path):
+    with FrameReader(drawn_video(tmp_path / "video.mp4", 6)) as reader:
         next(iter(reader))
         while not reader._ended:  # all of it lies in the queue
             time.sleep(0.001)
     assert reader.broken is None
 
 
-def test_folder_of_pictures_in_natural_order(tmp_path: Path):
+def test_folder_of_images_in_natural_order(tmp_path: Path):
     for number in (10, 2, 1):
         cv2.imwrite(str(tmp_path / f"{number}.png"), coloured(number, width=60 + number)[..., ::-1])
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     with FrameReader(tmp_path) as reader:
         frames = list(reader)
     assert [frame.name for frame in frames] == ["1.png", "2.png", "10.png"]
@@ -100,7 +100,7 @@ def test_folder_of_pictures_in_natural_order(tmp_path: Path):
     assert (reader.rate, reader.num_frames, reader.live) == (2.0, 3, False)
 
 
-def test_rotten_picture_of_a_folder_is_skipped_and_named(tmp_path: Path):
+def test_rotten_image_of_a_folder_is_skipped_and_named(tmp_path: Path):
     cv2.imwrite(str(tmp_path / "a.png"), coloured(1))
     (tmp_path / "b.jpg").write_bytes(b"no jpeg")
     cv2.imwrite(str(tmp_path / "c.png"), coloured(2))
@@ -112,7 +112,7 @@ def test_rotten_picture_of_a_folder_is_skipped_and_named(tmp_path: Path):
     assert reader.broken is None
 
 
-def test_one_picture_is_a_source(tmp_path: Path):
+def test_one_image_is_a_source(tmp_path: Path):
     cv2.imwrite(str(tmp_path / "a.png"), coloured(1))
     with FrameReader(tmp_path / "a.png") as reader:
         assert [frame.name for frame in reader] == ["a.png"]
@@ -140,13 +140,13 @@ def test_camera_drops_old_frames_rather_than_lag(monkeypatch: pytest.MonkeyPatch
     assert frames[-1].time == pytest.approx(0.002 * (39 - frames[0].index), abs=0.05)
 
 
-def test_film_cut_off_in_the_middle_ends_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_video_cut_off_in_the_middle_ends_cleanly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     camera = Camera(count=7)
     monkeypatch.setattr(
         camera, "get", lambda what: {cv2.CAP_PROP_FPS: 10.0, cv2.CAP_PROP_FRAME_COUNT: 50.0}.get(what, 0.0)
     )
     monkeypatch.setattr(video, "_capture", lambda source: camera)
-    with FrameReader("http://somewhere/film.mp4") as reader:
+    with FrameReader("http://somewhere/video.mp4") as reader:
         frames = list(reader)
     assert not reader.live
     assert [frame.time for frame in frames] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
@@ -181,13 +181,13 @@ def test_error_in_the_thread_reaches_the_reader(tmp_path: Path, monkeypatch: pyt
 
         return give()
 
-    monkeypatch.setattr(FrameReader, "_open_pictures", frames)
+    monkeypatch.setattr(FrameReader, "_open_images", frames)
     with FrameReader("x") as reader, pytest.raises(RuntimeError, match="a mistake of ours"):
         list(reader)
 
 
 @needs_shared("data/video")
-def test_truncated_real_film_ends_cleanly(tmp_path: Path):
+def test_truncated_real_video_ends_cleanly(tmp_path: Path):
     whole = (SHARED / "data" / "video" / "one-by-one-person-detection.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(whole[:250_000])
     with FrameReader(tmp_path / "cut.mp4") as reader:
@@ -198,17 +198,17 @@ def test_truncated_real_film_ends_cleanly(tmp_path: Path):
 
 
 def test_source_that_does_not_open_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
-    with pytest.raises(FileNotFoundError, match=r"film\.mp4: no such file or folder; a source is a video, a picture"):
-        FrameReader(tmp_path / "film.mp4")
-    (tmp_path / "film.mp4").write_text("this is a text")
-    with pytest.raises(OSError, match=r"film\.mp4: not a video that OpenCV can read"):
-        FrameReader(tmp_path / "film.mp4")
+    with pytest.raises(FileNotFoundError, match=r"video\.mp4: no such file or folder; a source is a video, an image"):
+        FrameReader(tmp_path / "video.mp4")
+    (tmp_path / "video.mp4").write_text("this is a text")
+    with pytest.raises(OSError, match=r"video\.mp4: not a video that OpenCV can read"):
+        FrameReader(tmp_path / "video.mp4")
     with pytest.raises(OSError, match="camera 97 does not open: not there, in use, or not permitted"):
         FrameReader("97")
     with pytest.raises(OSError, match=r"rtsp://127\.0\.0\.1:9/none: the stream does not open: wrong address"):
         FrameReader("rtsp://127.0.0.1:9/none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"empty: no pictures in this folder \(\.bmp, "):
+    with pytest.raises(FileNotFoundError, match=r"empty: no images in this folder \(\.bmp, "):
         FrameReader(tmp_path / "empty")
     (tmp_path / "empty" / "a.jpg").write_bytes(b"")
     with pytest.raises(OSError, match=r"empty: not one frame could be read \(the first: .*a\.jpg"):
@@ -221,10 +221,10 @@ def test_source_that_does_not_open_says_why(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_writer_fits_frames_of_another_size(tmp_path: Path):
-    with FilmWriter(tmp_path / "film.mp4", (48, 64), 10) as writer:
+    with VideoWriter(tmp_path / "video.mp4", (48, 64), 10) as writer:
         writer.write(np.full((48, 64, 3), 200, np.uint8))
         writer.write(np.full((96, 64, 3), 200, np.uint8))  # becomes 48 x 32, in the middle
-    with FrameReader(tmp_path / "film.mp4") as reader:
+    with FrameReader(tmp_path / "video.mp4") as reader:
         first, second = (frame.image for frame in reader)
     assert (first > 180).all()
     assert (second[:, 20:44] > 180).all()
@@ -233,46 +233,46 @@ def test_writer_fits_frames_of_another_size(tmp_path: Path):
 
 
 def test_writer_keeps_the_clock_of_a_live_source(tmp_path: Path):
-    with FilmWriter(tmp_path / "film.mp4", (48, 64), 10) as writer:
+    with VideoWriter(tmp_path / "video.mp4", (48, 64), 10) as writer:
         writer.write(coloured(0), time=0.0)
         assert writer.num_frames == 1
         writer.write(coloured(1), time=0.32)  # three frames later
         assert writer.num_frames == 4
         writer.write(coloured(2), time=0.33)  # ahead: left out
         assert writer.num_frames == 4
-    with FrameReader(tmp_path / "film.mp4") as reader:
+    with FrameReader(tmp_path / "video.mp4") as reader:
         assert reader.num_frames == 4
 
 
 def test_odd_sides_lose_one_pixel(tmp_path: Path):
-    write_film(tmp_path / "film.mp4", [np.full((49, 65, 3), 99, np.uint8)] * 3, 10)
-    with FrameReader(tmp_path / "film.mp4") as reader:
+    write_video(tmp_path / "video.mp4", [np.full((49, 65, 3), 99, np.uint8)] * 3, 10)
+    with FrameReader(tmp_path / "video.mp4") as reader:
         assert (reader.size, reader.num_frames) == ((48, 64), 3)
 
 
 def test_failing_writer_names_the_path(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"film\.gif: a film is written as one of \.avi, \.m4v, \.mkv, \.mov, \.mp4"):
-        FilmWriter(tmp_path / "film.gif", (48, 64), 10)
+    with pytest.raises(ValueError, match=r"video\.gif: a video is written as one of \.avi, \.m4v, \.mkv, \.mov, \.mp4"):
+        VideoWriter(tmp_path / "video.gif", (48, 64), 10)
     (tmp_path / "folder.mp4").mkdir()
-    with pytest.raises(OSError, match=r"folder\.mp4: the film cannot be written \(64 x 48, 10 frames/s\)"):
-        FilmWriter(tmp_path / "folder.mp4", (48, 64), 10)
-    with pytest.raises(ValueError, match="a film needs at least one picture"):
-        write_film(tmp_path / "film.mp4", [], 10)
+    with pytest.raises(OSError, match=r"folder\.mp4: the video cannot be written \(64 x 48, 10 frames/s\)"):
+        VideoWriter(tmp_path / "folder.mp4", (48, 64), 10)
+    with pytest.raises(ValueError, match="a video needs at least one image"):
+        write_video(tmp_path / "video.mp4", [], 10)
 
 
 def test_lost_frames_are_found_at_the_end(tmp_path: Path):
-    writer = FilmWriter(tmp_path / "film.mp4", (48, 64), 10)
+    writer = VideoWriter(tmp_path / "video.mp4", (48, 64), 10)
     for number in range(5):
         writer.write(coloured(number))
     writer.num_frames = 9
-    with pytest.raises(OSError, match=r"film\.mp4: 5 of 9 frames are in the file; is the disk full\?"):
+    with pytest.raises(OSError, match=r"video\.mp4: 5 of 9 frames are in the file; is the disk full\?"):
         writer.close()
 
 
-def test_film_is_finished_when_an_error_passes(tmp_path: Path):
-    with pytest.raises(RuntimeError, match="elsewhere"), FilmWriter(tmp_path / "film.mp4", (48, 64), 10) as writer:  # noqa: PT012
+def test_video_is_finished_when_an_error_passes(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="elsewhere"), VideoWriter(tmp_path / "video.mp4", (48, 64), 10) as writer:  # noqa: PT012
         writer.write(coloured(0))
         writer.write(coloured(1))
         raise RuntimeError("elsewhere")
-    with FrameReader(tmp_path / "film.mp4") as reader:
+    with FrameReader(tmp_path / "video.mp4") as reader:
         assert len(list(reader)) == 2

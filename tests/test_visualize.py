@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from detection.structures import Detections
-from detection.visualize import draw_detections, draw_frame_rate, draw_target, picture_grid, to_supervision
+from detection.visualize import draw_detections, draw_frame_rate, draw_target, image_grid, to_supervision
 
 
 def found(boxes: list[list[float]], labels: list[int], class_names: tuple[str, ...] = ("cat", "dog")) -> Detections:
@@ -25,7 +25,7 @@ def changed(image: np.ndarray) -> np.ndarray:
     return (image != 128).any(-1)
 
 
-def test_nothing_found_leaves_the_picture_as_it_is():
+def test_nothing_found_leaves_the_image_as_it_is():
     image = grey()
     drawn = draw_detections(image, found([], []))
     np.testing.assert_array_equal(drawn, image)
@@ -33,7 +33,7 @@ def test_nothing_found_leaves_the_picture_as_it_is():
     np.testing.assert_array_equal(draw_target(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64)), image)
 
 
-def test_box_is_drawn_where_it_is_and_the_given_picture_stays():
+def test_box_is_drawn_where_it_is_and_the_given_image_stays():
     image = grey()
     drawn = draw_detections(image, found([[40, 50, 100, 110]], [1]))
     assert not changed(image).any()
@@ -63,7 +63,7 @@ def test_labels_stay_inside_and_are_written():
     assert changed(drawn)[:30, 30:90].any()
 
 
-def test_small_picture_is_enlarged_before_drawing():
+def test_small_image_is_enlarged_before_drawing():
     drawn = draw_detections(grey(60, 80), found([[20, 30, 50, 55]], [0]), min_side=320)
     assert drawn.shape == (240, 320, 3)
     assert drawn[160, 80].tolist() == [163, 81, 251]  # the left side, at four times 20
@@ -90,31 +90,31 @@ def test_to_supervision_keeps_everything():
     assert empty.xyxy.shape == (0, 4)
 
 
-def test_grid_of_equal_pictures():
+def test_grid_of_equal_images():
     images = [np.full((40, 60, 3), value, np.uint8) for value in (50, 100, 150)]
-    sheet = picture_grid(images, columns=2, cell=60, gap=4)
+    sheet = image_grid(images, columns=2, cell=60, gap=4)
     assert sheet.shape == (84, 124, 3)
     assert sheet[20, 30, 0] == 50
     assert sheet[20, 94, 0] == 100
     assert sheet[64, 30, 0] == 150
-    assert sheet[64, 94, 0] == 24  # no fourth picture
+    assert sheet[64, 94, 0] == 24  # no fourth image
 
 
-def test_grid_fits_pictures_of_any_size():
-    sheet = picture_grid([np.full((100, 50, 3), 200, np.uint8), np.full((10, 20, 3), 100, np.uint8)], cell=80, gap=0)
+def test_grid_fits_images_of_any_size():
+    sheet = image_grid([np.full((100, 50, 3), 200, np.uint8), np.full((10, 20, 3), 100, np.uint8)], cell=80, gap=0)
     assert sheet.shape == (80, 160, 3)  # 80 x 40 and 40 x 80 in two cells of 80 x 80
     assert (sheet[:, 20:60] == 200).all()
     assert (sheet[:, :20] == 24).all()
     assert (sheet[20:60, 80:] == 100).all()
-    assert picture_grid([grey()], cell=160).shape == (120, 160, 3)
-    assert picture_grid([grey(32, 32)] * 5, cell=32, gap=0).shape == (64, 96, 3)  # three in a row
+    assert image_grid([grey()], cell=160).shape == (120, 160, 3)
+    assert image_grid([grey(32, 32)] * 5, cell=32, gap=0).shape == (64, 96, 3)  # three in a row
 
 
 def test_grid_refuses_what_it_cannot_lay():
-    with pytest.raises(ValueError, match="no picture was given"):
-        picture_grid([])
+    with pytest.raises(ValueError, match="no image was given"):
+        image_grid([])
     with pytest.raises(ValueError, match="columns 0, cell 320 and gap 4 must be positive"):
-        picture_grid([grey()], columns=0)
+        image_grid([grey()], columns=0)
 
 
 def test_frame_rate_stands_in_the_corner():
@@ -126,7 +126,7 @@ def test_frame_rate_stands_in_the_corner():
     assert (drawn != draw_frame_rate(image, 98.76)).any()
 
 
-def test_crowded_picture_does_not_stop_a_film():
+def test_crowded_image_does_not_stop_a_video():
     rng = np.random.default_rng(0)
     corners = rng.uniform(0, 1, (300, 2)) * (560, 300)
     crowd = found(np.concatenate([corners, corners + 50], axis=1).tolist(), [0] * 300)

@@ -1,10 +1,10 @@
 """LiteDet and what it is measured against, side by side: each stage runs in turn, ours, theirs, ours, theirs, ...
 
-python tools/benchmark.py                       every stage, with drawn pictures; some ten minutes on two cores
+python tools/benchmark.py                       every stage, with drawn images; some ten minutes on two cores
 python tools/benchmark.py --stages predict train --rounds 9
 python tools/benchmark.py --images DIR --annotations FILE --weights RUN/best.pt
 python tools/benchmark.py --count               parameters, multiply-adds and activations by part
-python tools/benchmark.py --scale               what a data set's size does to the cost of a picture
+python tools/benchmark.py --scale               what a data set's size does to the cost of an image
 """
 
 import contextlib
@@ -56,7 +56,7 @@ from detection.weights import DetectorInfo, read_detector
 Stage = Literal["predict", "backends", "postprocess", "train", "loader", "open", "evaluate"]
 STAGES: tuple[Stage, ...] = ("predict", "backends", "postprocess", "train", "loader", "open", "evaluate")
 SETTLE_SECONDS = 0.01  # threads keep spinning for some milliseconds after their work; not at the other side's cost
-NUM_PICTURES = 96  # read from --images, or drawn
+NUM_IMAGES = 96  # read from --images, or drawn
 _PACKAGES: dict[Backend, tuple[str, ...]] = {
     "torch": (),
     "compile": (),
@@ -72,14 +72,14 @@ class BenchmarkConfig:
     count: bool = False
     """Print parameters, multiply-adds and activations by part, and nothing else."""
     scale: bool = False
-    """Print costs per picture for data sets of growing size, and nothing else."""
+    """Print costs per image for data sets of growing size, and nothing else."""
     out: Path = Path("runs/benchmark")
     """Folder for benchmark.json and benchmark.png."""
     weights: Path | None = None
     """A detector (best.pt or .safetensors) with square input. None: drawn weights whose scores are spread as after a training
     on COCO, 80 classes, 320 px."""
     images: Path | None = None
-    """Folder of real pictures; needs --annotations. None: drawn pictures, 640x480."""
+    """Folder of real images; needs --annotations. None: drawn images, 640x480."""
     annotations: Path | None = None
     """COCO json of --images."""
     threads: int = 2
@@ -89,27 +89,27 @@ class BenchmarkConfig:
     backends: tuple[Backend, ...] = ("compile", "onnxruntime", "openvino")
     """What the stage "backends" tries. The last two need pip install 'litedet[export]'."""
     batch_size: int = 24
-    """Pictures of a batch in training and loading."""
-    open_pictures: int = 118_287
-    """Pictures of the annotation file that is opened."""
+    """Images of a batch in training and loading."""
+    open_images: int = 118_287
+    """Images of the annotation file that is opened."""
     open_boxes: int = 860_001
     """Boxes in it; with these two numbers it has the size of COCO's train2017."""
-    evaluate_pictures: int = 5_000
-    """Pictures that AP is computed on, with 7.4 boxes and 100 detections each."""
+    evaluate_images: int = 5_000
+    """Images that AP is computed on, with 7.4 boxes and 100 detections each."""
     scale_sizes: tuple[int, ...] = (1_000, 10_000, 118_287)
-    """Numbers of pictures that --scale compares."""
+    """Numbers of images that --scale compares."""
     cache: Path = Path(tempfile.gettempdir()) / "litedet-benchmark"
     """Folder for what is drawn; it is used again."""
 
     def validate(self) -> None:
         """Raises ValueError for values that make no sense."""
-        for name in ("threads", "rounds", "batch_size", "open_pictures", "open_boxes", "evaluate_pictures"):
+        for name in ("threads", "rounds", "batch_size", "open_images", "open_boxes", "evaluate_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.batch_size > NUM_PICTURES:
-            raise ValueError(f"--batch-size {self.batch_size} is more than the {NUM_PICTURES} pictures that are read")
+        if self.batch_size > NUM_IMAGES:
+            raise ValueError(f"--batch-size {self.batch_size} is more than the {NUM_IMAGES} images that are read")
         if (self.images is None) != (self.annotations is None):
-            raise ValueError("--images and --annotations go together: a folder and the COCO json of its pictures")
+            raise ValueError("--images and --annotations go together: a folder and the COCO json of its images")
         if "backends" in self.stages:
             for backend in self.backends:
                 for package in _PACKAGES[backend]:
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> BenchmarkResult:
     if config.count:
         print_counts()
     elif config.scale:
-        folder = _pictures(config)[0]
+        folder = _images(config)[0]
         print(scale.table(scale.measure_scale(config.cache, folder, config.scale_sizes)))
     else:
         run = Benchmark(config, result)
@@ -222,21 +222,19 @@ class Benchmark:
     def __init__(self, config: BenchmarkConfig, result: BenchmarkResult) -> None:
         self.config = config
         self.result = result
-        self.folder, annotations = _pictures(config)
+        self.folder, annotations = _images(config)
         full = CocoIndex.read(annotations)
-        self.index = _first(full, NUM_PICTURES)
+        self.index = _first(full, NUM_IMAGES)
         if len(self.index) < config.batch_size:
-            raise ValueError(
-                f"{annotations} has {len(self.index)} pictures, fewer than --batch-size {config.batch_size}"
-            )
-        self.pictures = [
+            raise ValueError(f"{annotations} has {len(self.index)} images, fewer than --batch-size {config.batch_size}")
+        self.images = [
             read_image(self.folder / self.index.file_name(position)) for position in range(min(8, len(self.index)))
         ]
         if config.weights is None:
             torch.manual_seed(0)
             self.model = Detector(DetectorConfig(), drawn.NUM_CLASSES)
             height, width = self.model.config.input_size
-            small = np.stack([cv2.resize(picture, (width, height)) for picture in self.pictures])
+            small = np.stack([cv2.resize(image, (width, height)) for image in self.images])
             drawn.draw_weights(self.model, torch.from_numpy(small).permute(0, 3, 1, 2))
             names = tuple(f"class {number}" for number in range(drawn.NUM_CLASSES))
             self.info = DetectorInfo(
@@ -253,10 +251,10 @@ class Benchmark:
         self.peer = build_peer(self.model.eval(), self.info.postprocess)
         self._turn = 0
 
-    def _picture(self) -> NDArray[np.uint8]:
-        """One of the pictures; both sides of a round see the same."""
+    def _image(self) -> NDArray[np.uint8]:
+        """One of the images; both sides of a round see the same."""
         self._turn += 1
-        return self.pictures[self._turn // 2 % len(self.pictures)]
+        return self.images[self._turn // 2 % len(self.images)]
 
     def _predictor(self, backend: Backend) -> Predictor:
         model, info = Detector(self.model.config, self.model.num_classes), self.info
@@ -265,13 +263,13 @@ class Benchmark:
 
     def _predict_peer(self) -> object:
         with torch.inference_mode():
-            return self.peer([as_peer_input(self._picture())])
+            return self.peer([as_peer_input(self._image())])
 
     def predict(self) -> Iterator[Comparison]:
         """Array in memory -> detections, torch alone."""
         ours = self._predictor("torch")
         times = interleave(
-            {"ours": lambda: ours(self._picture()), "peer": self._predict_peer}, self.config.rounds, warm_up=3
+            {"ours": lambda: ours(self._image()), "peer": self._predict_peer}, self.config.rounds, warm_up=3
         )
         yield compare("predict, torch", "torchvision", times["ours"], times["peer"], bar=0.55)
 
@@ -281,7 +279,7 @@ class Benchmark:
         for backend in self.config.backends:
             ours = self._predictor(backend)
             times = interleave(
-                {"ours": lambda ours=ours: ours(self._picture()), "peer": self._predict_peer},  # type: ignore[misc]
+                {"ours": lambda ours=ours: ours(self._image()), "peer": self._predict_peer},  # type: ignore[misc]
                 self.config.rounds,
                 warm_up=3,
             )
@@ -290,13 +288,13 @@ class Benchmark:
         yield from compared
 
     def postprocess(self) -> Iterator[Comparison]:
-        """Raw predictions -> detections in the picture's pixels."""
+        """Raw predictions -> detections in the image's pixels."""
         height, width = self.model.config.input_size
         ours = self._predictor("torch")
         with torch.inference_mode():
-            inputs = [torch.from_numpy(cv2.resize(p, (width, height))).permute(2, 0, 1)[None] for p in self.pictures]
+            inputs = [torch.from_numpy(cv2.resize(p, (width, height))).permute(2, 0, 1)[None] for p in self.images]
             raws = [ours.network(image) for image in inputs]
-            sizes = [tuple(picture.shape[:2]) for picture in self.pictures]
+            sizes = [tuple(image.shape[:2]) for image in self.images]
             placements = [torch.tensor([[width / w, height / h, 0.0, 0.0]]) for h, w in sizes]
 
             def next_one() -> int:
@@ -355,7 +353,7 @@ class Benchmark:
             process.terminate()
             process.join()
         rate = 1e3 * size / statistics.median(times["ours"])
-        self.result.notes.append(f"training: {rate:.1f} pictures a second")
+        self.result.notes.append(f"training: {rate:.1f} images a second")
         yield compare(f"training step, batch {size}", "torchvision", times["ours"], times["default"], bar=0.42)
         yield compare(
             f"training step, batch {size}", "torchvision channels-last", times["ours"], times["channels-last"], bar=0.97
@@ -364,7 +362,7 @@ class Benchmark:
     def loader(self) -> Iterator[Comparison]:
         """JPEG files -> augmented batches, one worker, SSD's augmentation against the ssdlite preset of the references.
 
-        Torchvision's batch holds pictures of their own size: its network resizes them, and that time is not counted here.
+        Torchvision's batch holds images of their own size: its network resizes them, and that time is not counted here.
         """
         dataset = DetectionDataset(self.index, self.folder, TrainTransform(ssd_augment(), self.model.config.input_size))
         ours = build_loader(dataset, batch_size=self.config.batch_size, num_workers=1)
@@ -378,17 +376,17 @@ class Benchmark:
             return run
 
         times = interleave({"ours": drain(ours), "peer": drain(theirs)}, max(self.config.rounds // 3, 2))
-        pictures = len(ours) * self.config.batch_size
-        per_picture = {name: [run / pictures for run in runs] for name, runs in times.items()}
-        yield compare("loading a picture, 1 worker", "torchvision", per_picture["ours"], per_picture["peer"], bar=0.50)
+        images = len(ours) * self.config.batch_size
+        per_image = {name: [run / images for run in runs] for name, runs in times.items()}
+        yield compare("loading an image, 1 worker", "torchvision", per_image["ours"], per_image["peer"], bar=0.50)
 
     def open(self) -> Iterator[Comparison]:
         """Opening a COCO json, each time in a process of its own: seconds, and megabytes above those of the imports."""
         config = self.config
-        path = config.cache / f"open_{config.open_pictures}_{config.open_boxes}.json"
+        path = config.cache / f"open_{config.open_images}_{config.open_boxes}.json"
         if not path.is_file():
             print(f"drawing {path} ...", flush=True)
-            drawn.draw_annotations(path, config.open_pictures, config.open_boxes)
+            drawn.draw_annotations(path, config.open_images, config.open_boxes)
         first, second, peer = [], [], []
         for _ in range(5):
             shutil.rmtree(config.cache / "index", ignore_errors=True)
@@ -412,20 +410,20 @@ class Benchmark:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
 
-        num = self.config.evaluate_pictures
+        num = self.config.evaluate_images
         path = self.config.cache / f"evaluate_{num}.json"
         if not path.is_file():
             drawn.draw_annotations(path, num, round(num * 7.3562))
         index = CocoIndex.read(path)
         found = drawn.draw_detections(index)
-        pictures = scale.feed(CocoEvaluator(index), index, found)
+        images = scale.feed(CocoEvaluator(index), index, found)
         truth = _quietly(lambda: COCO(str(path)))
-        xyxy = torch.cat([picture.boxes for picture in pictures]).double().numpy()
+        xyxy = torch.cat([image.boxes for image in images]).double().numpy()
         rows = zip(
             found[0].tolist(),
             index.category_ids[found[3]].tolist(),
             np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1).tolist(),
-            torch.cat([picture.scores for picture in pictures]).double().tolist(),
+            torch.cat([image.scores for image in images]).double().tolist(),
             strict=True,
         )
         results = [{"image_id": i, "category_id": c, "bbox": box, "score": score} for i, c, box, score in rows]
@@ -434,7 +432,7 @@ class Benchmark:
         def own() -> None:
             evaluator = CocoEvaluator(index)
             for start in range(0, num, 16):
-                evaluator.update(index.image_ids[start : start + 16].tolist(), pictures[start : start + 16])
+                evaluator.update(index.image_ids[start : start + 16].tolist(), images[start : start + 16])
             figures["ours"] = list(evaluator.compute().figures.values())
 
         def peer() -> None:
@@ -452,7 +450,7 @@ class Benchmark:
         assert difference <= 1e-9, f"AP differs by {difference}: {dict(zip(FIGURES, figures['ours'], strict=True))}"
         self.result.notes.append(f"AP: the twelve figures agree to {difference:.0e}")
         seconds = {name: [run / 1e3 for run in runs] for name, runs in times.items()}
-        yield compare(f"AP of {num} pictures", "pycocotools", seconds["ours"], seconds["peer"], bar=0.12, unit="s")
+        yield compare(f"AP of {num} images", "pycocotools", seconds["ours"], seconds["peer"], bar=0.12, unit="s")
 
 
 def _ask(connection: Connection) -> None:
@@ -558,18 +556,18 @@ def _quietly(run: Callable[[], Any]) -> Any:
         return run()
 
 
-def _pictures(config: BenchmarkConfig) -> tuple[Path, Path]:
-    """(folder, annotation file) of the pictures, drawn where none are given."""
+def _images(config: BenchmarkConfig) -> tuple[Path, Path]:
+    """(folder, annotation file) of the images, drawn where none are given."""
     if config.images is not None and config.annotations is not None:
         return config.images, config.annotations
-    folder = config.cache / "pictures"
+    folder = config.cache / "images"
     if not (folder / "val.json").is_file():  # written last
-        draw_detection_set(folder, num_train=NUM_PICTURES, num_val=1, size=(480, 640))
+        draw_detection_set(folder, num_train=NUM_IMAGES, num_val=1, size=(480, 640))
     return folder / "train", folder / "train.json"
 
 
 def _first(index: CocoIndex, number: int) -> CocoIndex:
-    """The first pictures of a file that have something to learn from, as a file of their own."""
+    """The first images of a file that have something to learn from, as a file of their own."""
     position = np.repeat(np.arange(len(index)), np.diff(index.offsets))
     chosen = np.unique(position[index.usable])[:number]
     records = np.isin(position, chosen)

@@ -20,13 +20,13 @@ class Voc:
     """A folder of Pascal VOC XML files."""
 
     annotations: Path
-    """Folder of XML files, one a picture."""
+    """Folder of XML files, one an image."""
     images: Path
-    """Folder of the pictures; file names in the json are relative to it."""
+    """Folder of the images; file names in the json are relative to it."""
     out: Path
     """The COCO json to write."""
     list: Path | None = None
-    """Text file with the names of the pictures to take, without suffix, one a line (VOC's ImageSets/Main/*.txt)."""
+    """Text file with the names of the images to take, without suffix, one a line (VOC's ImageSets/Main/*.txt)."""
     names: Path | None = None
     """File that fixes the classes and their order: one a line, or a data.yaml. Without it: every class that any XML
     file of the folder has, sorted by name."""
@@ -39,7 +39,7 @@ class Yolo:
     """A folder of YOLO text files."""
 
     images: Path
-    """Folder of the pictures; file names in the json are relative to it."""
+    """Folder of the images; file names in the json are relative to it."""
     labels: Path
     """Folder of text files: images/a/b.jpg belongs to labels/a/b.txt."""
     names: Path

@@ -38,12 +38,12 @@ class ConvertConfig:
     class_names: str | None = None
     """Names of the classes for a source that has none: a text file with one a line, or the names with commas between."""
     statistics_from: Path | None = None
-    """A folder of pictures like those the network is for, a few hundred. TensorFlow Lite files have their batch norms
-    folded away; with these pictures the norms get their statistics again, so that the network can be trained on."""
-    max_pictures: int = 256
-    """So many of these pictures are used, evenly picked."""
-    picture_size: int = 224
-    """Side of these pictures for the network."""
+    """A folder of images like those the network is for, a few hundred. TensorFlow Lite files have their batch norms
+    folded away; with these images the norms get their statistics again, so that the network can be trained on."""
+    max_images: int = 256
+    """So many of these images are used, evenly picked."""
+    image_size: int = 224
+    """Side of these images for the network."""
 
     def validate(self) -> None:
         """Raises ValueError for values that make no sense."""
@@ -52,8 +52,8 @@ class ConvertConfig:
             raise ValueError(f"{self.out}: with --to {self.to} the result is a {ending} file; give it that ending")
         if self.out.exists() and Path(self.source).exists() and self.out.samefile(self.source):
             raise ValueError(f"{self.out} is the source itself; it would be overwritten")
-        if self.max_pictures < 1 or self.picture_size < 32:
-            raise ValueError("--max-pictures is at least 1 and --picture-size at least 32")
+        if self.max_images < 1 or self.image_size < 32:
+            raise ValueError("--max-images is at least 1 and --image-size at least 32")
 
 
 @main_errors
@@ -66,11 +66,11 @@ def main(argv: Sequence[str] | None = None) -> Converted | None:
     config.validate()
     entry = None if Path(config.source).exists() else published().get(config.source)
     path = fetch(config.source) if entry is not None else Path(config.source)
-    pictures = None
+    images = None
     if config.statistics_from is not None:
-        pictures = sample_pictures(config.statistics_from, config.max_pictures, config.picture_size)
+        images = sample_images(config.statistics_from, config.max_images, config.image_size)
     try:
-        converted = convert(path, read_class_names(config.class_names), pictures)
+        converted = convert(path, read_class_names(config.class_names), images)
     except ImportError as error:
         raise ValueError(str(error)) from error
     if entry is not None:
@@ -86,18 +86,18 @@ def main(argv: Sequence[str] | None = None) -> Converted | None:
     return converted
 
 
-def sample_pictures(folder: Path, number: int, size: int) -> Iterator[NDArray[np.uint8]]:
-    """Pictures of a folder and the folders in it, the middle of each as uint8 [size, size, 3].
+def sample_images(folder: Path, number: int, size: int) -> Iterator[NDArray[np.uint8]]:
+    """Images of a folder and the folders in it, the middle of each as uint8 [size, size, 3].
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: no pictures in it.
+        ValueError: no images in it.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"--statistics-from {folder} is not a folder")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise ValueError(f"--statistics-from {folder} has no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        raise ValueError(f"--statistics-from {folder} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     picked = np.unique(np.linspace(0, len(files) - 1, min(number, len(files))).round().astype(int))
     return _read(picked.tolist(), files, EvalTransform(TransformConfig(eval_size=size)))
 

@@ -1,8 +1,8 @@
-"""Watch a detector on a film, a camera, a stream or a folder of pictures.
+"""Watch a detector on a video, a camera, a stream or a folder of images.
 
 python tools/demo_video.py RUN/best.pt --source FILE|0|URL|FOLDER --out OUT.mp4 --json OUT.jsonl
 
-It ends with the film, with q or Esc in the window, with Ctrl-C, or where the stream breaks off; the files are whole then.
+It ends with the video, with q or Esc in the window, with Ctrl-C, or where the stream breaks off; the files are whole then.
 """
 
 import json
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from detection.engine.runtime import DeviceChoice, main_errors
 from detection.predictor import load_detector
 from detection.structures import Detections
-from detection.video import FilmWriter, Frame, FrameReader
+from detection.video import Frame, FrameReader, VideoWriter
 from detection.visualize import draw_detections, draw_frame_rate
 
 _WINDOW = "LiteDet (q ends)"
@@ -35,15 +35,15 @@ class DemoConfig:
     checkpoint: tyro.conf.Positional[Path]
     """A training's best.pt, a detector's .safetensors, or a published name (ssdlite_mobilenet_v2_coco)."""
     source: str
-    """A video, a picture, a folder of pictures, the number of a camera (0 is the first), or the URL of a stream."""
+    """A video, an image, a folder of images, the number of a camera (0 is the first), or the URL of a stream."""
     out: Path | None = None
-    """Film to write: the source with boxes, classes, scores and the frame rate drawn on it, at the source's rate and size."""
+    """Video to write: the source with boxes, classes, scores and the frame rate drawn on it, at the source's rate and size."""
     json: Path | None = None
     """Detections to write, one line of JSON for each frame."""
     score: float = 0.4
     """Detections below this score are left out."""
     show: bool = False
-    """Show the film in a window while it is made."""
+    """Show the video in a window while it is made."""
     device: DeviceChoice = "auto"
     """Where the network computes; "auto" takes a CUDA GPU where there is one."""
     max_frames: int | None = None
@@ -52,7 +52,7 @@ class DemoConfig:
     def validate(self) -> None:
         """Raises ValueError for values that make no sense, alone or together."""
         if self.out is None and self.json is None and not self.show:
-            raise ValueError("nothing would come of it: give --out FILM.mp4, --json FILE.jsonl or --show")
+            raise ValueError("nothing would come of it: give --out VIDEO.mp4, --json FILE.jsonl or --show")
         if not 0 <= self.score <= 1:
             raise ValueError(f"--score {self.score}: a score lies between 0 and 1")
         if self.max_frames is not None and self.max_frames < 1:
@@ -70,7 +70,7 @@ class DemoResult:
         seconds: wall time from the first of them to the end.
         network_seconds: of these, in the predictor (placing, network, post-processing).
         broken: why the source ended before its time; None where it did not.
-        skipped: "path: reason" of pictures of a folder that could not be read.
+        skipped: "path: reason" of images of a folder that could not be read.
     """
 
     num_frames: int
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> DemoResult:
         if config.show:
             stack.callback(_open_window())
         detector = load_detector(config.checkpoint, device=config.device, score_threshold=config.score)
-        film = stack.enter_context(FilmWriter(config.out, reader.size, reader.rate)) if config.out else None
+        video = stack.enter_context(VideoWriter(config.out, reader.size, reader.rate)) if config.out else None
         lines = None
         if config.json:
             config.json.parent.mkdir(parents=True, exist_ok=True)
@@ -114,10 +114,10 @@ def main(argv: Sequence[str] | None = None) -> DemoResult:
                     lines.write(json.dumps(_record(frame, found)) + "\n")
                     lines.flush()  # whoever kills this process keeps the lines so far
                 stop = False
-                if film or config.show:
+                if video or config.show:
                     drawn = draw_frame_rate(draw_detections(frame.image, found), frame_rate.fps)
-                    if film:
-                        film.write(drawn, time=frame.time if reader.live else None)
+                    if video:
+                        video.write(drawn, time=frame.time if reader.live else None)
                     stop = config.show and _show(drawn)
                 num_frames += 1
                 progress.update()
@@ -160,7 +160,7 @@ def _print_summary(result: DemoResult, config: DemoConfig, reader: FrameReader) 
         print(f"{config.source} {result.broken}")
     for what in result.skipped:
         print(f"left out: {what}")
-    for what, path in (("film", config.out), ("detections", config.json)):
+    for what, path in (("video", config.out), ("detections", config.json)):
         if path:
             print(f"{what}: {path}")
 
@@ -173,7 +173,7 @@ def _open_window() -> Callable[[], None]:
     """
     # Asked beforehand: without a screen Qt ends the process, and no exception can be caught.
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise ValueError("--show needs a screen, and there is none here (DISPLAY is not set); write a film with --out")
+        raise ValueError("--show needs a screen, and there is none here (DISPLAY is not set); write a video with --out")
     try:
         cv2.namedWindow(_WINDOW, cv2.WINDOW_NORMAL)
     except cv2.error as error:
@@ -185,7 +185,7 @@ def _open_window() -> Callable[[], None]:
 
 
 def _show(image: NDArray[np.uint8]) -> bool:
-    """Shows an RGB picture; whether the user wants to end (q, Esc, or the window closed)."""
+    """Shows an RGB image; whether the user wants to end (q, Esc, or the window closed)."""
     cv2.imshow(_WINDOW, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     key = cv2.waitKey(1) & 0xFF
     return key in (ord("q"), 27) or cv2.getWindowProperty(_WINDOW, cv2.WND_PROP_VISIBLE) < 1

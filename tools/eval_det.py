@@ -1,4 +1,4 @@
-"""Measure a detector's COCO AP on pictures with a COCO json.
+"""Measure a detector's COCO AP on images with a COCO json.
 
 python tools/eval_det.py RUN/best.pt --annotations FILE --images DIR --json OUT.json
 """
@@ -47,9 +47,9 @@ class EvalConfig:
     backend: Backend = "faster"
     """Who computes AP. Both give the same figures; pycocotools is the reference and takes 12 times as long."""
     batch_size: int = 32
-    """Pictures per batch."""
+    """Images per batch."""
     workers: int = 2
-    """Processes that read pictures. 0: this process itself."""
+    """Processes that read images. 0: this process itself."""
     device: DeviceChoice = "auto"
     """Where the network runs. auto: a CUDA GPU where there is one."""
     amp: Literal["off", "bf16", "fp16"] = "off"
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> EvaluationResult:
     timing = evaluate(detector.model, loader, detector.postprocess, evaluator, device, config.amp)
     result = evaluator.compute()
     if len(result.unreadable) == result.num_images:
-        raise ValueError(f"none of {result.num_images} pictures can be read; the first: {result.unreadable[0]}")
+        raise ValueError(f"none of {result.num_images} images can be read; the first: {result.unreadable[0]}")
     print(table(result, timing))
     if config.predictions is not None:
         number = evaluator.write_coco_results(config.predictions)
@@ -119,13 +119,13 @@ def table(result: EvaluationResult, timing: EvaluationTiming) -> str:
     lines += [f"{name:<10} {_figure(None if value < 0 else value)}" for name, value in result.figures.items()]
     lines += [
         "",
-        f"{result.num_images} pictures, {result.num_detections} detections",
+        f"{result.num_images} images, {result.num_detections} detections",
         f"{timing.network:.1f} ms network, {timing.postprocess:.1f} ms post-processing, {timing.wait:.1f} ms waiting for "
-        "data, per picture",
+        "data, per image",
     ]
     if result.unreadable:
         lines.append(
-            f"{len(result.unreadable)} pictures could not be read and count as pictures in which nothing was found"
+            f"{len(result.unreadable)} images could not be read and count as images in which nothing was found"
         )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Draw a data set, train a detector on it, measure it, and watch it on a film. No download; some minutes on two CPU cores.
+"""Draw a data set, train a detector on it, measure it, and watch it on a video. No download; some minutes on two CPU cores.
 
 bash tools/quickstart.sh          makes the environment first
 python tools/quickstart.py        where there is one
@@ -26,12 +26,12 @@ from detection.data.synthetic import (
     DetectionSet,
     draw_classification_set,
     draw_detection_set,
-    draw_moving_pictures,
+    draw_video_frames,
 )
 from detection.engine.runtime import main_errors
 from detection.predictor import load_detector, read_image
-from detection.video import write_film
-from detection.visualize import draw_detections, draw_target, picture_grid
+from detection.video import write_video
+from detection.visualize import draw_detections, draw_target, image_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tools are no installed package
@@ -45,17 +45,17 @@ class QuickstartConfig:
     run_dir: Path = ROOT / "runs" / "quickstart"
     """Folder for everything that is made."""
     num_train: int = 2000
-    """Pictures to train the detector on."""
+    """Images to train the detector on."""
     num_val: int = 200
-    """Pictures to measure it on."""
+    """Images to measure it on."""
     num_crops: int = 800
-    """Pictures of each class to train the classifier on; a fifth as many to measure it on."""
-    picture_side: int = 128
-    """Height and width of the pictures in pixels."""
+    """Images of each class to train the classifier on; a fifth as many to measure it on."""
+    image_side: int = 128
+    """Height and width of the images in pixels."""
     crop_side: int = 64
-    """Height and width of the classifier's pictures in pixels."""
+    """Height and width of the classifier's images in pixels."""
     num_frames: int = 150
-    """Frames of the film, 25 of them a second."""
+    """Frames of the video, 25 of them a second."""
     seed: int = 0
     """Of the drawing. The recipes have their own."""
 
@@ -71,7 +71,7 @@ class QuickstartResult:
     """What ``summary.json`` holds.
 
     Attributes:
-        AP: COCO AP on the pictures it did not train on, 0..1.
+        AP: COCO AP on the images it did not train on, 0..1.
         AP50: AP at IoU 0.5.
         seconds: wall time of each part and of all of it.
         paths: where everything is.
@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> QuickstartResult:
     recipes = ROOT / "configs" / "quickstart.py"
     seconds: dict[str, float] = {}
 
-    with _part("drawing the pictures", "data", seconds):
-        size = (config.picture_side, config.picture_side)
+    with _part("drawing the images", "data", seconds):
+        size = (config.image_side, config.image_side)
         drawn = draw_detection_set(run_dir / "data" / "detection", config.num_train, config.num_val, size, config.seed)
         crop_size = (config.crop_side, config.crop_side)
         crops = draw_classification_set(
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> QuickstartResult:
         )
         checkpoint = training.best_path
 
-    with _part("measuring it on pictures it did not train on", "evaluation", seconds):
+    with _part("measuring it on images it did not train on", "evaluation", seconds):
         figures = eval_det.main(
             [
                 str(checkpoint),
@@ -132,18 +132,18 @@ def main(argv: Sequence[str] | None = None) -> QuickstartResult:
             ]
         ).figures
 
-    with _part("drawing what it finds", "pictures", seconds):
-        pictures = _draw_pictures(run_dir / "pictures", drawn, checkpoint)
+    with _part("drawing what it finds", "images", seconds):
+        images = _draw_images(run_dir / "images", drawn, checkpoint)
 
-    with _part("watching a film", "film", seconds):
-        film, found = run_dir / "film.mp4", run_dir / "film_detections.mp4"
-        frames = draw_moving_pictures(config.num_frames, size, config.seed)
-        write_film(film, (_twice(frame.image) for frame in frames), rate=25)
+    with _part("watching a video", "video", seconds):
+        video, found = run_dir / "video.mp4", run_dir / "video_detections.mp4"
+        frames = draw_video_frames(config.num_frames, size, config.seed)
+        write_video(video, (_twice(frame.image) for frame in frames), rate=25)
         demo_video.main(
             [
                 str(checkpoint),
-                *("--source", str(film), "--out", str(found)),
-                *("--json", str(run_dir / "film_detections.jsonl")),
+                *("--source", str(video), "--out", str(found)),
+                *("--json", str(run_dir / "video_detections.jsonl")),
             ]
         )
 
@@ -156,10 +156,10 @@ def main(argv: Sequence[str] | None = None) -> QuickstartResult:
             "backbone": backbone,
             "detector": checkpoint,
             "figures": run_dir / "evaluation.json",
-            **pictures,
-            "film": film,
-            "film with boxes": found,
-            "film's detections": run_dir / "film_detections.jsonl",
+            **images,
+            "video": video,
+            "video with boxes": found,
+            "video's detections": run_dir / "video_detections.jsonl",
             "TensorBoard logs": run_dir / "detector" / "tensorboard",
             "summary": run_dir / "summary.json",
         },
@@ -193,8 +193,8 @@ def _part(title: str, name: str, seconds: dict[str, float]) -> Iterator[None]:
     seconds[name] = round(time.monotonic() - begin, 1)
 
 
-def _draw_pictures(out_dir: Path, drawn: DetectionSet, checkpoint: Path) -> dict[str, Path]:
-    """Sheets of training pictures with their true boxes and of new pictures with what is found, and some of these alone."""
+def _draw_images(out_dir: Path, drawn: DetectionSet, checkpoint: Path) -> dict[str, Path]:
+    """Sheets of training images with their true boxes and of new images with what is found, and some of these alone."""
     out_dir.mkdir()
     truth = CocoIndex.read(drawn.train_annotations)
     targets = []
@@ -207,21 +207,21 @@ def _draw_pictures(out_dir: Path, drawn: DetectionSet, checkpoint: Path) -> dict
     for path in sorted(drawn.val_images.iterdir())[:12]:
         image = read_image(path)
         found.append(draw_detections(image, detector(image), min_side=480))
-    paths = {"training pictures": out_dir / "training_pictures.jpg", "detections": out_dir / "detections.jpg"}
-    _write_picture(paths["training pictures"], picture_grid(targets, columns=4, cell=480))
-    _write_picture(paths["detections"], picture_grid(found, columns=4, cell=480))
+    paths = {"training images": out_dir / "training_images.jpg", "detections": out_dir / "detections.jpg"}
+    _write_image(paths["training images"], image_grid(targets, columns=4, cell=480))
+    _write_image(paths["detections"], image_grid(found, columns=4, cell=480))
     for number, image in enumerate(found[:4]):
-        _write_picture(out_dir / f"detections_{number}.jpg", image)
+        _write_image(out_dir / f"detections_{number}.jpg", image)
     return paths
 
 
-def _write_picture(path: Path, image: NDArray[np.uint8]) -> None:
+def _write_image(path: Path, image: NDArray[np.uint8]) -> None:
     if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"{path}: the picture could not be written")
+        raise OSError(f"{path}: the image could not be written")
 
 
 def _twice(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Twice as high and wide: room for the labels that are drawn on the film."""
+    """Twice as high and wide: room for the labels that are drawn on the video."""
     height, width = image.shape[:2]
     return np.asarray(cv2.resize(image, (2 * width, 2 * height), interpolation=cv2.INTER_CUBIC), np.uint8)
 
@@ -245,9 +245,9 @@ def _table(result: QuickstartResult) -> str:
         lines.append(f"{name:<{width}}  {shown}")
     lines += ["", "part".ljust(width) + "  seconds"]
     lines += [f"{name:<{width}}  {value:7.1f}" for name, value in result.seconds.items()]
-    lines += ["", f"AP {result.AP:.3f}, AP50 {result.AP50:.3f} on drawn pictures it did not train on"]
+    lines += ["", f"AP {result.AP:.3f}, AP50 {result.AP50:.3f} on drawn images it did not train on"]
     logs = result.paths["TensorBoard logs"].parent
-    lines.append(f"curves and pictures of the training: tensorboard --logdir {logs}")
+    lines.append(f"curves and images of the training: tensorboard --logdir {logs}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from detection.model import Detector
 
 
 class Count(NamedTuple):
-    """What a part of a network costs for one picture.
+    """What a part of a network costs for one image.
 
     Attributes:
         parameters: weights that are trained; statistics of batch norms are none.
@@ -42,8 +42,8 @@ def count(model: nn.Module, size: tuple[int, int]) -> dict[str, Count]:
     Multiply-adds come from torch's own counter (``torch.utils.flop_counter``), which follows what is executed.
 
     Args:
-        model: takes one picture [1, 3, H, W].
-        size: (height, width) of the picture in pixels.
+        model: takes one image [1, 3, H, W].
+        size: (height, width) of the image in pixels.
 
     Raises:
         AssertionError: a layer lies in no part.

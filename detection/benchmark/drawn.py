@@ -21,23 +21,23 @@ _CHUNK = 50_000  # records that exist as Python objects at a time
 
 
 def draw_annotations(
-    path: Path, num_pictures: int, num_boxes: int, file_names: tuple[str, ...] = (), seed: int = 0
+    path: Path, num_images: int, num_boxes: int, file_names: tuple[str, ...] = (), seed: int = 0
 ) -> Path:
     """Write a COCO json with the fields of COCO's own, polygons of 12 corners included.
 
     Args:
         path: written whole or not at all.
-        num_pictures: all of 640x480.
-        num_boxes: fall on the pictures at random; 1.2 % are crowds.
-        file_names: used in turn for the pictures; without any, names as COCO's.
+        num_images: all of 640x480.
+        num_boxes: fall on the images at random; 1.2 % are crowds.
+        file_names: used in turn for the images; without any, names as COCO's.
         seed: the same seed gives the same file.
     """
     rng = np.random.default_rng(seed)
-    image_ids = np.sort(rng.choice(600_000, num_pictures, replace=False))
+    image_ids = np.sort(rng.choice(600_000, num_images, replace=False))
     sides = np.exp(rng.normal(4, 1, (num_boxes, 2))).clip(4, (600, 440))
     corners = rng.random((num_boxes, 2)) * ((_WIDTH, _HEIGHT) - sides)
     boxes = np.concatenate([corners, sides], axis=1).round(2)
-    pictures = image_ids[rng.integers(num_pictures, size=num_boxes)]
+    images = image_ids[rng.integers(num_images, size=num_boxes)]
     categories = _CATEGORY_IDS[rng.integers(NUM_CLASSES, size=num_boxes)]
     crowd = rng.random(num_boxes) < 0.012
     encode = msgspec.json.encode
@@ -72,7 +72,7 @@ def draw_annotations(
                 polygons.round(2).tolist(),
                 boxes[part].tolist(),
                 crowd[part].tolist(),
-                pictures[part].tolist(),
+                images[part].tolist(),
                 categories[part].tolist(),
                 strict=True,
             )
@@ -96,36 +96,36 @@ def draw_annotations(
     return path
 
 
-def draw_detections(index: CocoIndex, per_picture: int = 100, seed: int = 0) -> tuple[NDArray[np.float64], ...]:
+def draw_detections(index: CocoIndex, per_image: int = 100, seed: int = 0) -> tuple[NDArray[np.float64], ...]:
     """Detections as a trained detector might give them: good ones, shifted ones, mistaken classes, noise.
 
     Returns:
         image_ids int64 [N], boxes xywh float64 [N, 4] in pixels with two decimals, scores float64 [N] with five, labels
-        int64 [N]; N = per_picture times the number of pictures, grouped by picture.
+        int64 [N]; N = per_image times the number of images, grouped by image.
     """
     rng = np.random.default_rng(seed)
-    num = len(index) * per_picture
-    rank = np.tile(np.arange(per_picture), len(index))
-    objects = np.repeat(np.diff(index.offsets), per_picture)
+    num = len(index) * per_image
+    rank = np.tile(np.arange(per_image), len(index))
+    objects = np.repeat(np.diff(index.offsets), per_image)
     copies = rank // np.maximum(objects, 1)  # each object is found up to three times, ever less exactly
     found = (objects > 0) & (copies < 3)
-    record = np.where(found, np.repeat(index.offsets[:-1], per_picture) + rank % np.maximum(objects, 1), 0)
+    record = np.where(found, np.repeat(index.offsets[:-1], per_image) + rank % np.maximum(objects, 1), 0)
     noise = rng.normal(0, 1, (num, 4)) * 0.08 * (1 + copies[:, None])
     truth = index.xywh[record]
     moved = np.concatenate([truth[:, :2] + noise[:, :2] * truth[:, 2:], truth[:, 2:] * np.exp(noise[:, 2:])], axis=1)
     boxes = np.where(found[:, None], moved, rng.random((num, 4)) * (500, 300, 140, 180))
     labels = np.where(found & (rng.random(num) < 0.8), index.labels[record], rng.integers(index.num_classes, size=num))
     scores = np.where(found, rng.beta(4 - np.minimum(copies, 3), 2), rng.beta(1, 6, num))
-    return np.repeat(index.image_ids, per_picture), boxes.round(2), scores.round(5), labels
+    return np.repeat(index.image_ids, per_image), boxes.round(2), scores.round(5), labels
 
 
 @torch.no_grad()
 def draw_weights(model: Detector, images: Tensor, seed: int = 0) -> None:
     """Random weights under which a detector's scores are spread as after a training, in place.
 
-    An untrained head gives every class about the same score, which is the dearest case for a loop over classes. Here the
-    batch norms have the statistics of the given pictures, the class logits of an anchor vary with a standard deviation of 1.5
-    and the background leads the sum of the classes by 4 in logits: so it was after a short training on COCO pictures,
+    An untrained head gives every class about the same score, which is the most expensive case for a loop over classes. Here the
+    batch norms have the statistics of the given images, the class logits of an anchor vary with a standard deviation of 1.5
+    and the background leads the sum of the classes by 4 in logits: so it was after a short training on COCO images,
     where 3 to 5 % of all (anchor, class) pairs scored above 0.001.
 
     Args:

@@ -139,7 +139,7 @@ def as_peer_input(image: NDArray[np.uint8]) -> Tensor:
 
 
 class _PeerDataset(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Pictures through the ``ssdlite`` preset of torchvision's detection references, transforms v2, PIL decoding."""
+    """Images through the ``ssdlite`` preset of torchvision's detection references, transforms v2, PIL decoding."""
 
     def __init__(self, index: CocoIndex, image_dir: Path) -> None:
         self.index = index
@@ -174,7 +174,7 @@ def _collate(samples: list[Any]) -> tuple[Any, ...]:
 
 
 def build_peer_loader(index: CocoIndex, image_dir: Path, batch_size: int, num_workers: int) -> DataLoader[Any]:
-    """Batches as torchvision's references make them. The pictures keep their size: its network resizes them itself."""
+    """Batches as torchvision's references make them. The images keep their size: its network resizes them itself."""
     return DataLoader(
         _PeerDataset(index, image_dir),
         batch_size=batch_size,

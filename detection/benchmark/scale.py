@@ -1,4 +1,4 @@
-"""What a data set's size does to the cost of a picture: it should do nothing."""
+"""What a data set's size does to the cost of an image: it should do nothing."""
 
 import multiprocessing
 import time
@@ -16,25 +16,25 @@ from detection.data.loader import DetectionDataset, build_loader
 from detection.evaluation import CocoEvaluator
 from detection.structures import Detections
 
-BOXES_PER_PICTURE = 860_001 / 118_287  # train2017
-DETECTIONS_PER_PICTURE = 20
+BOXES_PER_IMAGE = 860_001 / 118_287  # train2017
+DETECTIONS_PER_IMAGE = 20
 
 
 class SizeCost(NamedTuple):
     """Costs with an annotation file of one size.
 
     Attributes:
-        pictures: of the file.
-        annotation_bytes: of the arrays in memory, per picture.
-        open_us: opening the file, microseconds per picture.
+        images: of the file.
+        annotation_bytes: of the arrays in memory, per image.
+        open_us: opening the file, microseconds per image.
         sample_ms: from JPEG to training sample, in this process.
         worker_growth_kib: by which the memory that a worker has for itself alone grows over three quarters of the
             samples, after the first quarter.
         evaluator_bytes: what the evaluator holds, per detection.
-        evaluation_us: detections to AP, microseconds per picture.
+        evaluation_us: detections to AP, microseconds per image.
     """
 
-    pictures: int
+    images: int
     annotation_bytes: float
     open_us: float
     sample_ms: float
@@ -44,12 +44,12 @@ class SizeCost(NamedTuple):
 
 
 def measure_scale(folder: Path, image_dir: Path, sizes: Sequence[int], samples: int = 640) -> list[SizeCost]:
-    """Costs for drawn annotation files of these numbers of pictures, all of which share a few JPEGs.
+    """Costs for drawn annotation files of these numbers of images, all of which share a few JPEGs.
 
     Args:
         folder: where the files are drawn, or lie from an earlier run.
         image_dir: JPEGs of 640x480.
-        sizes: numbers of pictures.
+        sizes: numbers of images.
         samples: training samples that are drawn for each size.
     """
     file_names = tuple(sorted(path.name for path in image_dir.glob("*.jpg")))
@@ -60,7 +60,7 @@ def measure_scale(folder: Path, image_dir: Path, sizes: Sequence[int], samples: 
 def _measure(folder: Path, image_dir: Path, file_names: tuple[str, ...], size: int, samples: int) -> SizeCost:
     path = folder / f"scale_{size}.json"
     if not path.is_file():
-        draw_annotations(path, size, round(size * BOXES_PER_PICTURE), file_names)
+        draw_annotations(path, size, round(size * BOXES_PER_IMAGE), file_names)
     start = time.perf_counter()
     index = CocoIndex.read(path, cache=False)
     opened = time.perf_counter() - start
@@ -72,14 +72,14 @@ def _measure(folder: Path, image_dir: Path, file_names: tuple[str, ...], size: i
         dataset[0, position]
     sampled = time.perf_counter() - start
 
-    detections = draw_detections(index, DETECTIONS_PER_PICTURE)
+    detections = draw_detections(index, DETECTIONS_PER_IMAGE)
     evaluator = CocoEvaluator(index)
     feed(evaluator, index, detections)
     start = time.perf_counter()
     evaluator.compute()
     evaluated = time.perf_counter() - start
     return SizeCost(
-        pictures=size,
+        images=size,
         annotation_bytes=array_bytes(index) / size,
         open_us=opened / size * 1e6,
         sample_ms=sampled / samples * 1e3,
@@ -92,23 +92,23 @@ def _measure(folder: Path, image_dir: Path, file_names: tuple[str, ...], size: i
 def feed(
     evaluator: CocoEvaluator, index: CocoIndex, detections: tuple[np.ndarray, ...], batch_size: int = 16
 ) -> list[Detections]:
-    """Give detections, as ``draw_detections`` makes them, to an evaluator in batches; returns them picture by picture."""
+    """Give detections, as ``draw_detections`` makes them, to an evaluator in batches; returns them image by image."""
     _, boxes, scores, labels = detections
     xyxy = torch.from_numpy(np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1).astype(np.float32))
-    per_picture = len(boxes) // len(index)
-    pictures = [
+    per_image = len(boxes) // len(index)
+    images = [
         Detections(boxes=box, scores=score, labels=label)
         for box, score, label in zip(
-            xyxy.split(per_picture),
-            torch.from_numpy(scores.astype(np.float32)).split(per_picture),
-            torch.from_numpy(labels).split(per_picture),
+            xyxy.split(per_image),
+            torch.from_numpy(scores.astype(np.float32)).split(per_image),
+            torch.from_numpy(labels).split(per_image),
             strict=True,
         )
     ]
     for start in range(0, len(index), batch_size):
         part = slice(start, start + batch_size)
-        evaluator.update(index.image_ids[part].tolist(), pictures[part])
-    return pictures
+        evaluator.update(index.image_ids[part].tolist(), images[part])
+    return images
 
 
 def array_bytes(holder: object) -> int:
@@ -153,12 +153,12 @@ def _own_kib(pid: int | None) -> int:
 def table(costs: Sequence[SizeCost]) -> str:
     """The costs for people."""
     lines = [
-        f"{'pictures':>9}  {'annotations':>13}  {'opening':>9}  {'sample':>8}  {'worker grows':>12}  {'detection':>10}  "
+        f"{'images':>9}  {'annotations':>13}  {'opening':>9}  {'sample':>8}  {'worker grows':>12}  {'detection':>10}  "
         f"{'evaluation':>11}",
-        f"{'':>9}  {'B/picture':>13}  {'us/pict.':>9}  {'ms':>8}  {'KiB':>12}  {'B':>10}  {'us/picture':>11}",
+        f"{'':>9}  {'B/image':>13}  {'us/pict.':>9}  {'ms':>8}  {'KiB':>12}  {'B':>10}  {'us/image':>11}",
     ]
     lines += [
-        f"{cost.pictures:>9}  {cost.annotation_bytes:>13.0f}  {cost.open_us:>9.1f}  {cost.sample_ms:>8.2f}  "
+        f"{cost.images:>9}  {cost.annotation_bytes:>13.0f}  {cost.open_us:>9.1f}  {cost.sample_ms:>8.2f}  "
         f"{cost.worker_growth_kib:>12.0f}  {cost.evaluator_bytes:>10.1f}  {cost.evaluation_us:>11.0f}"
         for cost in costs
     ]

@@ -1,9 +1,9 @@
-"""From a picture on disk and its objects to a training sample, and to an evaluation sample.
+"""From an image on disk and its objects to a training sample, and to an evaluation sample.
 
-A training sample is one rectangle of its picture, the *view*. Expanding, cropping and the aspect ratio all come down
-to which view is taken, so they are decided first, from the boxes and the picture's size alone, before a single pixel
+A training sample is one rectangle of its image, the *view*. Expanding, cropping and the aspect ratio all come down
+to which view is taken, so they are decided first, from the boxes and the image's size alone, before a single pixel
 is decoded. A view several times larger than the network's input is then decoded at 1/2, 1/4 or 1/8 of its size
-(libjpeg does that at a fraction of the cost), cut out, filled where it sticks out of the picture, and resized once.
+(libjpeg does that at a fraction of the cost), cut out, filled where it sticks out of the image, and resized once.
 Colours change last, on the small result.
 
 albumentations does the colours. It is used in this file alone.
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
     import albumentations
 
 Decode = Callable[[int], NDArray[np.uint8]]
-"""Gives the picture on disk, RGB uint8, each side divided by a reduction of 1, 2, 4 or 8 and rounded up."""
+"""Gives the image on disk, RGB uint8, each side divided by a reduction of 1, 2, 4 or 8 and rounded up."""
 
 _NUM_TRIALS = 50  # views drawn at once for one overlap; SSD's original draws as many before it gives up
 
 
 @dataclass(kw_only=True, slots=True)
 class AugmentConfig:
-    """How a training sample differs from its picture. The defaults change nothing at all."""
+    """How a training sample differs from its image. The defaults change nothing at all."""
 
     expand_probability: float = 0.0
-    """How often the picture is laid on a larger canvas, so that its objects become smaller."""
+    """How often the image is laid on a larger canvas, so that its objects become smaller."""
     expand_max_scale: float = 4.0
-    """The largest canvas, as a multiple of the picture's width and height."""
+    """The largest canvas, as a multiple of the image's width and height."""
     crop_probability: float = 0.0
-    """How often a part of the picture (or canvas) is cut out."""
+    """How often a part of the image (or canvas) is cut out."""
     crop_min_overlaps: tuple[float, ...] = (0.0,)
     """One is drawn for each crop: the intersection over union that the crop must have with at least one object whose
     centre it holds. 0 asks for such an object alone. Where objects are small, larger values leave hardly any crop."""
@@ -52,9 +52,9 @@ class AugmentConfig:
     horizontal_flip: float = 0.0
     """Probability of swapping left and right."""
     vertical_flip: float = 0.0
-    """Probability of swapping top and bottom, for pictures that have no upper side (cells, satellites)."""
+    """Probability of swapping top and bottom, for images that have no upper side (cells, satellites)."""
     quarter_turns: float = 0.0
-    """Probability of turning the sample by 90, 180 or 270 degrees, for pictures that have no upper side."""
+    """Probability of turning the sample by 90, 180 or 270 degrees, for images that have no upper side."""
     brightness: float = 0.0
     """Brightness changes by up to this share of white, up or down."""
     contrast: float = 0.0
@@ -113,7 +113,7 @@ def ssd_augment() -> AugmentConfig:
     """SSD's own augmentation (arXiv 1512.02325, section 2.2 and 3.6): colours, expansion, crops of a minimum overlap,
     flip.
 
-    The paper draws one of seven: the whole picture, a crop with an overlap of 0.1, 0.3, 0.5, 0.7 or 0.9, any crop.
+    The paper draws one of seven: the whole image, a crop with an overlap of 0.1, 0.3, 0.5, 0.7 or 0.9, any crop.
     "Any" means here that at least one object's centre is inside.
     """
     return AugmentConfig(
@@ -134,7 +134,7 @@ def ssd_augment() -> AugmentConfig:
 
 
 def finetune_augment() -> AugmentConfig:
-    """Milder changes, for a few hundred pictures and a short training: objects keep about the size they are found at."""
+    """Milder changes, for a few hundred images and a short training: objects keep about the size they are found at."""
     return AugmentConfig(
         expand_probability=0.3,
         expand_max_scale=1.5,
@@ -153,13 +153,13 @@ def finetune_augment() -> AugmentConfig:
 
 
 class Placed(NamedTuple):
-    """A picture at the network's input size, with what lies in it.
+    """An image at the network's input size, with what lies in it.
 
     Attributes:
         image: uint8 [H, W, 3], RGB.
         boxes: float32 [N, 4], xyxy in pixels of ``image``, inside it and not empty.
         labels: int64 [N].
-        placement: where the picture on disk lies in ``image``, before any flip or turn.
+        placement: where the image on disk lies in ``image``, before any flip or turn.
     """
 
     image: NDArray[np.uint8]
@@ -169,7 +169,7 @@ class Placed(NamedTuple):
 
 
 class TrainTransform:
-    """A random view of a picture, with its objects.
+    """A random view of an image, with its objects.
 
     Everything that is drawn depends on (seed, epoch, index) alone, so a sample is the same whichever process makes it.
 
@@ -178,7 +178,7 @@ class TrainTransform:
         input_size: (height, width) of the sample.
         resize_mode: "stretch" a view to the input size, or "letterbox": widen the view to the input's aspect ratio
             first.
-        fill: RGB where a view sticks out of its picture; best the network's mean colour, which becomes zero there.
+        fill: RGB where a view sticks out of its image; best the network's mean colour, which becomes zero there.
         seed: of the training.
 
     Raises:
@@ -214,9 +214,9 @@ class TrainTransform:
         """Draw the sample that (seed, epoch, index) stands for.
 
         Args:
-            decode: gives the picture.
-            size: (height, width) of the picture at full size.
-            boxes: float32 [N, 4], xyxy in pixels of the picture at full size.
+            decode: gives the image.
+            size: (height, width) of the image at full size.
+            boxes: float32 [N, 4], xyxy in pixels of the image at full size.
             labels: int64 [N].
             epoch, index: with the seed they fix everything that is drawn.
         """
@@ -250,12 +250,12 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The whole picture at the network's input size, exactly as the predictor places it.
+    """The whole image at the network's input size, exactly as the predictor places it.
 
     Args:
         input_size: (height, width) of the sample.
         resize_mode: see ``place``.
-        fill: RGB of the bars beside a letterboxed picture.
+        fill: RGB of the bars beside a letterboxed image.
     """
 
     def __init__(
@@ -290,7 +290,7 @@ class EvalTransform:
 def _draw_view(
     rng: np.random.Generator, config: AugmentConfig, size: tuple[int, int], boxes: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """A rectangle, xyxy in pixels of the picture; it may stick out of it."""
+    """A rectangle, xyxy in pixels of the image; it may stick out of it."""
     height, width = size
     x, y, w, h = 0.0, 0.0, float(width), float(height)
     if rng.random() < config.expand_probability:
@@ -301,7 +301,7 @@ def _draw_view(
     if rng.random() >= config.crop_probability:
         return whole
 
-    # A picture without objects is treated as one large object, so that a view never shows the filled canvas alone.
+    # An image without objects is treated as one large object, so that a view never shows the filled canvas alone.
     objects = boxes.astype(np.float64) if len(boxes) else np.array([[0, 0, width, height]], np.float64)
     for min_overlap in rng.permutation(config.crop_min_overlaps):
         sides = rng.uniform(*config.crop_scale, (_NUM_TRIALS, 2)) * (w, h)
@@ -342,7 +342,7 @@ def _reduction(view: NDArray[np.float64], size: tuple[int, int]) -> int:
 
 
 def _snap(view: NDArray[np.float64], reduction: int) -> list[int]:
-    """The view with its edges on whole pixels of the reduced picture, so that boxes and pixels move alike."""
+    """The view with its edges on whole pixels of the reduced image, so that boxes and pixels move alike."""
     x1, y1, x2, y2 = (round(edge / reduction) for edge in view.tolist())
     return [x1 * reduction, y1 * reduction, max(x2, x1 + 1) * reduction, max(y2, y1 + 1) * reduction]
 

@@ -14,26 +14,26 @@ _NUM_CLASSES_SHOWN = 100
 
 
 def describe(index: CocoIndex, input_size: tuple[int, int] | None = None) -> str:
-    """A report of a data set: pictures, boxes by class and by size, and the records that training leaves out.
+    """A report of a data set: images, boxes by class and by size, and the records that training leaves out.
 
     Args:
         index: the data set.
         input_size: (height, width) of the network's input. With it, boxes are counted by the size at which the
-            network will see them when pictures are stretched to the input; without it, by their size on disk.
+            network will see them when images are stretched to the input; without it, by their size on disk.
 
     Returns:
         A few lines of text.
     """
     usable = index.usable
-    per_picture = np.add.reduceat(np.append(usable, False), index.offsets[:-1]) if len(index) else np.zeros(0, int)
-    per_picture = np.where(np.diff(index.offsets) > 0, per_picture, 0)
+    per_image = np.add.reduceat(np.append(usable, False), index.offsets[:-1]) if len(index) else np.zeros(0, int)
+    per_image = np.where(np.diff(index.offsets) > 0, per_image, 0)
     lines = [
-        f"{index.path}: {len(index)} pictures, {int((per_picture == 0).sum())} of them without objects, "
+        f"{index.path}: {len(index)} images, {int((per_image == 0).sum())} of them without objects, "
         f"{int(usable.sum())} boxes to learn from, {index.num_classes} classes",
         f"  left out: {int(index.crowd.sum())} crowds" + "".join(f"; {problem}" for problem in index.problems),
     ]
-    if len(per_picture):
-        lines.append(f"  boxes per picture: median {int(np.median(per_picture))}, at most {int(per_picture.max())}")
+    if len(per_image):
+        lines.append(f"  boxes per image: median {int(np.median(per_image))}, at most {int(per_image.max())}")
     sides = _sides(index, input_size)
     if len(sides):
         edges = [0, *_SIDES, np.inf]

@@ -5,7 +5,7 @@ by page into every worker process that looks at them (looking changes their refe
 numpy arrays, and the arrays of a large file are kept in the user's cache folder, so that the second opening takes a
 fraction of a second.
 
-Letters in shapes: I pictures, N boxes (annotation records), K classes.
+Letters in shapes: I images, N boxes (annotation records), K classes.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ _MARKER = _Annotation(id=-(1 << 62), image_id=0, category_id=0, bbox=(0.0, 0.0, 
 
 
 class Objects(NamedTuple):
-    """The objects of one picture.
+    """The objects of one image.
 
     Attributes:
-        boxes: float32 [N, 4], xyxy in pixels of the picture on disk, as the file has them (they may stick out of it).
+        boxes: float32 [N, 4], xyxy in pixels of the image on disk, as the file has them (they may stick out of it).
         labels: int64 [N], 0 .. K-1.
         crowd: bool [N], true where the box stands for a group that nobody counted.
         areas: float64 [N], square pixels; COCO's is the area of the mask, not of the box.
@@ -97,7 +97,7 @@ class Objects(NamedTuple):
 class CocoIndex:
     """All that training and evaluation need to know of a COCO json file, in flat arrays.
 
-    Pictures keep the order of the file; a picture's *position* is its place in that order. The records of the picture
+    Images keep the order of the file; an image's *position* is its place in that order. The records of the image
     at position p are ``offsets[p]:offsets[p + 1]`` of the arrays over N, in the order of the file. All records are
     here, exactly as written, because evaluation counts them as COCO does; ``usable`` marks those to learn from.
 
@@ -106,13 +106,13 @@ class CocoIndex:
         image_ids: int64 [I].
         name_bytes, name_offsets: the file names as one UTF-8 buffer (uint8) and int64 [I + 1] into it. See
             ``file_name``.
-        sizes: int32 [I, 2], (height, width) of each picture as the file says.
+        sizes: int32 [I, 2], (height, width) of each image as the file says.
         offsets: int64 [I + 1].
         xywh: float64 [N, 4], COCO's ``bbox``: left, top, width, height in pixels.
         labels: int64 [N], 0 .. K-1: the classes in ascending order of their category id.
         areas: float64 [N], COCO's ``area``, width times height where the file has none.
         crowd: bool [N], COCO's ``iscrowd``.
-        usable: bool [N]: no crowd, and some of the box lies inside its picture.
+        usable: bool [N]: no crowd, and some of the box lies inside its image.
         annotation_ids: int64 [N].
         category_ids: int64 [K], ascending: the id that label k has in the file.
         class_names: the name of each label.
@@ -139,7 +139,7 @@ class CocoIndex:
     def read(cls, path: str | Path, *, cache: bool = True, strict: bool = False) -> CocoIndex:
         """Read a COCO json file.
 
-        A record that cannot be learnt from (a box without area, or wholly outside its picture) is kept for
+        A record that cannot be learnt from (a box without area, or wholly outside its image) is kept for
         evaluation, left out of ``usable``, and named in a warning: such records are common, and COCO's own files have
         them.
 
@@ -172,7 +172,7 @@ class CocoIndex:
         return index
 
     def __len__(self) -> int:
-        """The number of pictures, those without objects included."""
+        """The number of images, those without objects included."""
         return len(self.image_ids)
 
     @property
@@ -181,20 +181,20 @@ class CocoIndex:
 
     @property
     def boxes(self) -> NDArray[np.float32]:
-        """float32 [N, 4]: every box as xyxy in pixels of its picture on disk."""
+        """float32 [N, 4]: every box as xyxy in pixels of its image on disk."""
         return _xywh_to_xyxy(self.xywh)
 
     def file_name(self, position: int) -> str:
-        """The name of the picture at this position, relative to the picture folder."""
+        """The name of the image at this position, relative to the image folder."""
         return bytes(self.name_bytes[self.name_offsets[position] : self.name_offsets[position + 1]]).decode()
 
     def size(self, position: int) -> tuple[int, int]:
-        """(height, width) of the picture at this position."""
+        """(height, width) of the image at this position."""
         height, width = self.sizes[position].tolist()
         return height, width
 
     def objects(self, position: int, *, usable_only: bool = False) -> Objects:
-        """The objects of the picture at this position: every record, or those alone that training uses."""
+        """The objects of the image at this position: every record, or those alone that training uses."""
         records: Any = slice(self.offsets[position], self.offsets[position + 1])
         if usable_only:
             records = np.arange(records.start, records.stop)[self.usable[records]]
@@ -206,13 +206,13 @@ class CocoIndex:
         """This index, if there is anything to learn from it.
 
         Raises:
-            ValueError: the file has no picture, or not one usable box.
+            ValueError: the file has no image, or not one usable box.
         """
         if not len(self):
-            raise ValueError(f"{self.path}: `images` is empty: no picture to train on")
+            raise ValueError(f"{self.path}: `images` is empty: no image to train on")
         if not self.usable.any():
             raise ValueError(
-                f"{self.path}: nothing to learn: {len(self)} pictures, {len(self.labels)} annotations, and none of them is a box "
+                f"{self.path}: nothing to learn: {len(self)} images, {len(self.labels)} annotations, and none of them is a box "
                 "that training can use (crowds and boxes without area are not used)"
             )
         return self
@@ -285,7 +285,7 @@ def _build(path: Path) -> CocoIndex:
         image = images[position]
         raise ValueError(
             f"{path}: image {image.id} ({image.file_name}) has width {image.width} and height {image.height}; "
-            "both are needed, in pixels of the picture on disk"
+            "both are needed, in pixels of the image on disk"
         )
 
     position = _positions(images_named, image_ids)
@@ -302,7 +302,7 @@ def _build(path: Path) -> CocoIndex:
     unknown = np.isnan(areas)
     areas[unknown] = xywh[unknown, 2] * xywh[unknown, 3]
 
-    # By picture, and in a picture as in the file. Sorting (picture, record) pairs is five times faster than a stable
+    # By image, and in an image as in the file. Sorting (image, record) pairs is five times faster than a stable
     # argsort. Here and below as much as possible happens in place: the first touch of fresh memory takes longer than the
     # arithmetic.
     pairs = position * num
@@ -484,7 +484,7 @@ def _judge(
     flat = ~((width > 0) & (height > 0))
     outside = ~flat & ((left + width <= 0) | (top + height <= 0) | (left >= columns) | (top >= rows))
     problems = []
-    for reason, bad in (("without area", flat), ("wholly outside the picture", outside)):
+    for reason, bad in (("without area", flat), ("wholly outside the image", outside)):
         if bad.any():
             named = ", ".join(map(str, annotation_ids[bad][:_NUM_NAMED].tolist()))
             more = ", …" if bad.sum() > _NUM_NAMED else ""

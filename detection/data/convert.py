@@ -1,7 +1,7 @@
 """Pascal VOC and YOLO folders to COCO json.
 
 Both formats count differently from COCO: VOC numbers pixels from 1 and includes the last one, YOLO gives the centre
-and the size as shares of the picture. All of that ends here. Whatever cannot be converted is left out, counted and
+and the size as shares of the image. All of that ends here. Whatever cannot be converted is left out, counted and
 named.
 """
 
@@ -34,7 +34,7 @@ class ConversionReport:
     Attributes:
         out: the file that was written.
         num_images, num_boxes: how many records it has.
-        num_empty: pictures without any box, kept as such.
+        num_empty: images without any box, kept as such.
         class_names: in the order of their category ids.
         dropped: the records that were left out, by reason; each as "file: what".
         notes: records that were written, but not as they stood there, by reason.
@@ -56,7 +56,7 @@ class ConversionReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.out}: {self.num_images} pictures ({self.num_empty} without objects), {self.num_boxes} boxes, "
+            f"{self.out}: {self.num_images} images ({self.num_empty} without objects), {self.num_boxes} boxes, "
             f"{len(self.class_names)} classes: {', '.join(self.class_names)}"
         ]
         for title, reasons in (("dropped", self.dropped), ("changed", self.notes)):
@@ -82,12 +82,12 @@ def convert_voc(
     """Pascal VOC's XML files -> one COCO json.
 
     The corners (x1, y1, x2, y2), counted from 1 with the last pixel included, become x1 - 1, y1 - 1, x2, y2, cut off
-    at the picture's edge. Classes are all that occur in *any* file of the folder, sorted by name, with ids from 1:
+    at the image's edge. Classes are all that occur in *any* file of the folder, sorted by name, with ids from 1:
     the two halves of one data set get the same ids even if a rare class is missing from one half's list.
 
     Args:
-        annotations: folder of XML files, one a picture.
-        images: folder of pictures, or of folders of them; a picture belongs to the XML file of the same stem.
+        annotations: folder of XML files, one an image.
+        images: folder of images, or of folders of them; an image belongs to the XML file of the same stem.
         out: the json to write.
         list_file: text file with the stems to take, one a line (VOC's ImageSets/Main); without it all XML files are
             taken.
@@ -120,7 +120,7 @@ def convert_voc(
         existing = {path.stem for path in xml_files}
         for stem in wanted:
             if stem not in existing:
-                report.drop("picture of the list without an annotation file", f"{list_file}: {stem}")
+                report.drop("image of the list without an annotation file", f"{list_file}: {stem}")
         stems = [stem for stem in wanted if stem in roots]
         if not stems:
             raise ValueError(f"{list_file}: none of its {len(wanted)} names is an annotation file in {annotations}")
@@ -131,26 +131,26 @@ def convert_voc(
     else:
         class_names = read_class_names(names)
     category_id = {name: number for number, name in enumerate(class_names, 1)}
-    picture_of = {path.stem: path for path in reversed(_find_images(images))}
+    image_of = {path.stem: path for path in reversed(_find_images(images))}
 
     writer = _Writer(report, images, category_id)
-    for stem in tqdm(stems, desc="pictures", unit="picture", leave=False):
+    for stem in tqdm(stems, desc="images", unit="image", leave=False):
         root, xml_path = roots[stem], annotations / f"{stem}.xml"
-        picture = picture_of.get(stem)
-        if picture is None:
-            report.drop("annotation without a picture", f"{xml_path}: no picture {stem} in {images}")
+        image = image_of.get(stem)
+        if image is None:
+            report.drop("annotation without an image", f"{xml_path}: no image {stem} in {images}")
             continue
-        raw_size, turned_size = _image_sizes(picture, report)
+        raw_size, turned_size = _image_sizes(image, report)
         if raw_size is None:
             continue
         stated = tuple(_number(root.findtext(f"size/{side}")) or 0 for side in ("width", "height"))
         size = stated if stated in (raw_size, turned_size) else raw_size
         if size != stated and all(stated):
             report.note(
-                "picture size taken from the picture",
-                f"{xml_path}: states {_plain(stated)}, the picture has {_plain(size)}",
+                "image size taken from the image",
+                f"{xml_path}: states {_plain(stated)}, the image has {_plain(size)}",
             )
-        image_id = writer.add_image(picture, size)
+        image_id = writer.add_image(image, size)
         for number, item in enumerate(root.findall("object"), 1):
             where = f"{xml_path}: object {number}"
             name = _name(item)
@@ -176,12 +176,12 @@ def convert_voc(
 def convert_yolo(images: Path, labels: Path, names: Path, out: Path) -> ConversionReport:
     """YOLO's text files -> one COCO json.
 
-    A row is ``class x y width height``, centre and size as shares of the picture, or ``class x1 y1 x2 y2 x3 y3 …``,
-    the corners of a polygon, of which the bounding box is taken. Class i gets category id i + 1. A picture without a
+    A row is ``class x y width height``, centre and size as shares of the image, or ``class x1 y1 x2 y2 x3 y3 …``,
+    the corners of a polygon, of which the bounding box is taken. Class i gets category id i + 1. An image without a
     text file, or with an empty one, has no objects: that is how YOLO marks background.
 
     Args:
-        images: folder of pictures, or of folders of them.
+        images: folder of images, or of folders of them.
         labels: folder of text files with the same inner folders and stems.
         names: file with the class names, see ``read_class_names``.
         out: the json to write.
@@ -193,24 +193,24 @@ def convert_yolo(images: Path, labels: Path, names: Path, out: Path) -> Conversi
     _require_folder("images", images)
     _require_folder("labels", labels)
     class_names = read_class_names(names)
-    pictures = _find_images(images)
-    if not pictures:
-        raise ValueError(f"folder of images {images} has no picture ({', '.join(sorted(_IMAGE_SUFFIXES))})")
+    files = _find_images(images)
+    if not files:
+        raise ValueError(f"folder of images {images} has no image ({', '.join(sorted(_IMAGE_SUFFIXES))})")
     report = ConversionReport(out=out)
     label_files = {path.relative_to(labels).with_suffix("") for path in labels.rglob("*.txt")}
-    stems = {path.relative_to(images).with_suffix("") for path in pictures}
+    stems = {path.relative_to(images).with_suffix("") for path in files}
     if not label_files & stems:
-        raise ValueError(f"no text file in {labels} has the name of a picture in {images} (a.jpg belongs to a.txt)")
+        raise ValueError(f"no text file in {labels} has the name of an image in {images} (a.jpg belongs to a.txt)")
     for stem in sorted(label_files - stems):
-        report.drop("annotation without a picture", f"{labels / stem}.txt")
+        report.drop("annotation without an image", f"{labels / stem}.txt")
 
     writer = _Writer(report, images, {name: number for number, name in enumerate(class_names, 1)})
-    for picture in tqdm(pictures, desc="pictures", unit="picture", leave=False):
-        _, size = _image_sizes(picture, report)  # YOLO's own tools turn a picture as its EXIF tag says
+    for image in tqdm(files, desc="images", unit="image", leave=False):
+        _, size = _image_sizes(image, report)  # YOLO's own tools turn an image as its EXIF tag says
         if size is None:
             continue
-        image_id = writer.add_image(picture, size)
-        path = (labels / picture.relative_to(images)).with_suffix(".txt")
+        image_id = writer.add_image(image, size)
+        path = (labels / image.relative_to(images)).with_suffix(".txt")
         rows = path.read_text().splitlines() if path.is_file() else []
         for line, row in enumerate(rows, 1):
             if not row.strip():
@@ -292,15 +292,15 @@ class _Writer:
         where: str,
         extra: dict[str, int],
     ) -> None:
-        """Write xyxy corners in pixels, cut off at the picture's edge."""
+        """Write xyxy corners in pixels, cut off at the image's edge."""
         x1, x2 = (min(max(x, 0.0), size[0]) for x in box[::2])
         y1, y2 = (min(max(y, 0.0), size[1]) for y in box[1::2])
         if not (x2 > x1 and y2 > y1):
             outside = box[2] > box[0] and box[3] > box[1]
-            self.report.drop("box outside its picture" if outside else "box without area", f"{where}: {_plain(box)}")
+            self.report.drop("box outside its image" if outside else "box without area", f"{where}: {_plain(box)}")
             return
         if max(x1 - box[0], y1 - box[1], box[2] - x2, box[3] - y2) > 1:
-            self.report.note("box cut off at the edge of its picture by more than a pixel", f"{where}: {_plain(box)}")
+            self.report.note("box cut off at the edge of its image by more than a pixel", f"{where}: {_plain(box)}")
         width, height = x2 - x1, y2 - y1
         record = {
             "id": len(self.annotations) + 1,
@@ -319,7 +319,7 @@ class _Writer:
             reasons = "; ".join(
                 f"{len(records)} x {reason}, first {records[0]}" for reason, records in report.dropped.items()
             )
-            raise ValueError(f"{report.out} is not written: not one picture is left to convert ({reasons})")
+            raise ValueError(f"{report.out} is not written: not one image is left to convert ({reasons})")
         report.num_images, report.num_boxes = len(self.images), len(self.annotations)
         report.num_empty = len(self.images) - len({record["image_id"] for record in self.annotations})
         report.class_names = tuple(self.category_id)
@@ -353,7 +353,7 @@ def _number(text: str | None) -> float | None:
 
 
 def _yolo_corners(row: str) -> tuple[int, tuple[float, float, float, float]] | None:
-    """The class and x1, y1, x2, y2 of a row, as shares of the picture; nothing if it is no such row."""
+    """The class and x1, y1, x2, y2 of a row, as shares of the image; nothing if it is no such row."""
     numbers = [_number(word) for word in row.split()]
     values = [number for number in numbers if number is not None]
     if len(values) < len(numbers) or len(values) < 5 or values[0] != int(values[0]):
@@ -373,17 +373,17 @@ def _find_images(folder: Path) -> list[Path]:
 
 
 def _image_sizes(path: Path, report: ConversionReport) -> tuple[tuple[int, int], tuple[int, int]] | tuple[None, None]:
-    """(width, height) as the picture lies in the file, and turned as its EXIF tag says; None if it does not decode."""
+    """(width, height) as the image lies in the file, and turned as its EXIF tag says; None if it does not decode."""
     try:
         with Image.open(path) as image:
             size, orientation = image.size, image.getexif().get(_EXIF_ORIENTATION, 1)
-        # The header alone does not tell a whole picture from a broken one. An eighth of it is decoded fast.
+        # The header alone does not tell a whole image from a broken one. An eighth of it is decoded fast.
         decoded = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, cv2.error) as error:
-        report.drop("picture that does not decode", f"{path}: {error}")
+        report.drop("image that does not decode", f"{path}: {error}")
         return None, None
     if decoded is None:
-        report.drop("picture that does not decode", str(path))
+        report.drop("image that does not decode", str(path))
         return None, None
     return size, size[::-1] if orientation >= 5 else size
 

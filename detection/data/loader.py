@@ -1,6 +1,6 @@
-"""Pictures and objects from the disk to batches.
+"""Images and objects from the disk to batches.
 
-Letters in shapes: B batch, H W height and width, M objects of a picture (padded), N objects of one picture.
+Letters in shapes: B batch, H W height and width, M objects of an image (padded), N objects of one image.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from detection.data.augment import EvalTransform, TrainTransform
 from detection.data.coco import CocoIndex
 from detection.structures import Batch, Sample
 
-_NUM_SUBSTITUTES = 20  # unreadable pictures in a row before a training sample gives up
+_NUM_SUBSTITUTES = 20  # unreadable images in a row before a training sample gives up
 _NUM_PROBES = 20  # files looked for before anything else is done
-_PAD_MULTIPLE = 8  # objects per picture are padded to a multiple, so that a compiled step sees few different shapes
+_PAD_MULTIPLE = 8  # objects per image are padded to a multiple, so that a compiled step sees few different shapes
 
 _REDUCED = {
     1: 0,
@@ -32,18 +32,18 @@ _REDUCED = {
 
 
 class UnreadableImageError(ValueError):
-    """A picture that is not there, does not decode, or is not the one its annotation speaks of."""
+    """An image that is not there, does not decode, or is not the one its annotation speaks of."""
 
 
 class SkippedSample(NamedTuple):
-    """What stands in the place of an evaluation sample whose picture cannot be read."""
+    """What stands in the place of an evaluation sample whose image cannot be read."""
 
     reason: str
     input_size: tuple[int, int]
 
 
 class DetectionDataset(Dataset[Sample | SkippedSample]):
-    """The pictures of an index, each through a transform.
+    """The images of an index, each through a transform.
 
     Its keys are (epoch, position): a worker process that lives through the whole training learns the epoch from the
     key.
@@ -51,12 +51,12 @@ class DetectionDataset(Dataset[Sample | SkippedSample]):
     Args:
         index: what the annotation file says.
         image_dir: the folder that the file names of the index are relative to.
-        transform: a ``TrainTransform`` draws samples with the objects that can be learnt from; a picture that cannot
-            be read is replaced by another one. An ``EvalTransform`` gives each picture as it is, and a
+        transform: a ``TrainTransform`` draws samples with the objects that can be learnt from; an image that cannot
+            be read is replaced by another one. An ``EvalTransform`` gives each image as it is, and a
             ``SkippedSample`` for an unreadable one.
 
     Raises:
-        FileNotFoundError: the folder is not there, or holds none of the first pictures that were looked for.
+        FileNotFoundError: the folder is not there, or holds none of the first images that were looked for.
         ValueError: there is nothing to train on.
     """
 
@@ -87,7 +87,7 @@ class DetectionDataset(Dataset[Sample | SkippedSample]):
                 return self._sample(epoch, substitute, tuple(dict.fromkeys(skipped)))
             except UnreadableImageError as error:
                 skipped.append(str(error))
-        raise UnreadableImageError(f"{len(skipped)} pictures in a row cannot be read; the first: {skipped[0]}")
+        raise UnreadableImageError(f"{len(skipped)} images in a row cannot be read; the first: {skipped[0]}")
 
     def _sample(self, epoch: int, position: int, skipped: tuple[str, ...]) -> Sample:
         index = self.index
@@ -108,9 +108,9 @@ class DetectionDataset(Dataset[Sample | SkippedSample]):
 
 
 class _EncodedImage:
-    """The bytes of a picture file, decoded at the size that is asked for.
+    """The bytes of an image file, decoded at the size that is asked for.
 
-    Annotations count pixels of the picture as it lies in the file. Some tools turn it first as its EXIF tag says, and
+    Annotations count pixels of the image as it lies in the file. Some tools turn it first as its EXIF tag says, and
     write the turned size; whichever of the two agrees with the annotation's size is taken.
     """
 
@@ -137,7 +137,7 @@ class _EncodedImage:
             if image.shape[:2] != wanted:
                 height, width = self._decode(cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION).shape[:2]
                 raise UnreadableImageError(
-                    f"{self.path}: the picture is {width}x{height} pixels, its annotation says {self.size[1]}x{self.size[0]}"
+                    f"{self.path}: the image is {width}x{height} pixels, its annotation says {self.size[1]}x{self.size[0]}"
                 )
         if scale != reduction:
             width, height = -(-self.size[1] // reduction), -(-self.size[0] // reduction)
@@ -150,18 +150,18 @@ class _EncodedImage:
         except cv2.error:
             image = None
         if image is None:
-            raise UnreadableImageError(f"{self.path}: the picture does not decode ({self.encoded.size} bytes)")
+            raise UnreadableImageError(f"{self.path}: the image does not decode ({self.encoded.size} bytes)")
         return np.asarray(image, np.uint8)
 
 
 def _require_images(index: CocoIndex, image_dir: Path) -> None:
     if not image_dir.is_dir():
-        raise FileNotFoundError(f"picture folder {image_dir} does not exist or is not a folder")
+        raise FileNotFoundError(f"image folder {image_dir} does not exist or is not a folder")
     probes = np.unique(np.linspace(0, len(index) - 1, min(_NUM_PROBES, len(index))).astype(int)).tolist()
     paths = [image_dir / index.file_name(position) for position in probes]
     if paths and not any(path.is_file() for path in paths):
         raise FileNotFoundError(
-            f"picture folder {image_dir} has none of {len(paths)} pictures of {index.path}; the first that was looked for is "
+            f"image folder {image_dir} has none of {len(paths)} images of {index.path}; the first that was looked for is "
             f"{paths[0]}"
         )
 
@@ -170,13 +170,13 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """The keys (epoch, position) of one process.
 
     For training the positions are shuffled by (seed, epoch), and every process gets equally many (at most world_size
-    - 1 pictures sit out an epoch). For evaluation each position comes exactly once over all processes, in order.
+    - 1 images sit out an epoch). For evaluation each position comes exactly once over all processes, in order.
     """
 
-    def __init__(self, num_pictures: int, *, training: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, num_images: int, *, training: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank} and world_size {world_size}; 0 <= rank < world_size is needed")
-        self.num_pictures = num_pictures
+        self.num_images = num_images
         self.training = training
         self.seed = seed
         self.rank = rank
@@ -189,16 +189,16 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __len__(self) -> int:
         if self.training:
-            return self.num_pictures // self.world_size
-        return len(range(self.rank, self.num_pictures, self.world_size))
+            return self.num_images // self.world_size
+        return len(range(self.rank, self.num_images, self.world_size))
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
         if self.training:
-            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_pictures)
+            order = np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
             order = order[: len(self) * self.world_size]
         else:
-            order = np.arange(self.num_pictures)
+            order = np.arange(self.num_images)
         for position in order[self.rank :: self.world_size]:
             yield epoch, int(position)
 
@@ -206,7 +206,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 def collate(samples: Sequence[Sample | SkippedSample]) -> Batch:
     """Stack samples to a batch; objects are padded to the same number, a multiple of 8.
 
-    Pictures that could not be read are left out and named in ``skipped``; a batch may be empty for that reason.
+    Images that could not be read are left out and named in ``skipped``; a batch may be empty for that reason.
     """
     kept = [sample for sample in samples if isinstance(sample, Sample)]
     skipped = [sample.reason for sample in samples if isinstance(sample, SkippedSample)]
@@ -245,15 +245,15 @@ def build_loader(
     world_size: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader[Sample | SkippedSample]:
-    """Batches of a dataset: shuffled and without a last incomplete one for training, each picture once for evaluation.
+    """Batches of a dataset: shuffled and without a last incomplete one for training, each image once for evaluation.
 
     Call ``loader.sampler.set_epoch(epoch)`` before each epoch of a training.
 
     Args:
         dataset: says by its transform whether this is training.
-        batch_size: pictures per batch and process.
+        batch_size: images per batch and process.
         num_workers: processes that decode and augment; 0 does it in this one. They stay alive between epochs.
-        seed: of the order of pictures.
+        seed: of the order of images.
         rank, world_size: this process among those that share the work.
         pin_memory: page-locked batches, for copies to CUDA that the host does not wait for.
 
@@ -263,8 +263,8 @@ def build_loader(
     sampler = EpochSampler(len(dataset), training=dataset.training, seed=seed, rank=rank, world_size=world_size)
     if dataset.training and len(sampler) < batch_size:
         raise ValueError(
-            f"batch size {batch_size} is larger than the {len(sampler)} pictures per process of {dataset.index.path}; "
-            "an incomplete batch is not trained on (batch norm fails on a single picture), so the epoch would be empty"
+            f"batch size {batch_size} is larger than the {len(sampler)} images per process of {dataset.index.path}; "
+            "an incomplete batch is not trained on (batch norm fails on a single image), so the epoch would be empty"
         )
     return DataLoader(
         dataset,

@@ -1,10 +1,10 @@
-"""Pictures with known objects, drawn: a detection set, a classification set, the frames of a film. No download.
+"""Images with known objects, drawn: a detection set, a classification set, the frames of a video. No download.
 
 Six kinds of objects that differ in form, and in the hue that each kind likes: something to learn from in minutes. Size,
 rotation (a little to either side), stretch, saturation, brightness, shading and texture are drawn at random. They lie on
 textured backgrounds of any hue, with strokes and stains that are no object.
 
-Everything depends on the seed alone: picture i of a set is the same however many pictures are drawn before it.
+Everything depends on the seed alone: image i of a set is the same however many images are drawn before it.
 
 The boxes are measured on the drawn masks: x1, y1 is the first pixel of the object, x2, y2 one past its last.
 """
@@ -26,23 +26,23 @@ _Result = TypeVar("_Result")
 CLASS_NAMES = ("disc", "square", "triangle", "star", "ring", "cross")
 
 SMALLEST_SIDE = 12  # pixels, of the longer side of an object's box before it is cut at the border
-LARGEST_SHARE = 0.5  # of the shorter side of the picture
+LARGEST_SHARE = 0.5  # of the shorter side of the image
 LARGEST_TURN = 0.4  # radians to either side
 HIDDEN_AT_MOST = 0.4  # share of an object that others may cover
-EMPTY_SHARE = 0.08  # of the pictures have no object
+EMPTY_SHARE = 0.08  # of the images have no object
 
-_TRAIN, _VAL, _FILM = range(3)  # streams of random numbers that never meet
+_TRAIN, _VAL, _VIDEO = range(3)  # streams of random numbers that never meet
 _SUBPIXEL_BITS = 4  # cv2.fillPoly takes corners in 1/16 pixel
 _FINE = 4  # forms are filled on a grid four times as fine: cv2.fillPoly makes them half a pixel larger on every side
 
 
-class DrawnPicture(NamedTuple):
-    """A picture and what is in it.
+class DrawnImage(NamedTuple):
+    """An image and what is in it.
 
     Attributes:
         image: uint8 [H, W, 3], RGB.
         boxes: float32 [N, 4], xyxy in pixels, of the whole object also where another covers it, cut at the
-            picture's border.
+            image's border.
         labels: int64 [N], indices into ``CLASS_NAMES``.
     """
 
@@ -52,7 +52,7 @@ class DrawnPicture(NamedTuple):
 
 
 class DetectionSet(NamedTuple):
-    """Where a drawn detection set lies: COCO json files and the folders of their pictures."""
+    """Where a drawn detection set lies: COCO json files and the folders of their images."""
 
     train_annotations: Path
     train_images: Path
@@ -91,7 +91,7 @@ class _Object:
 
 
 class _Mask(NamedTuple):
-    """The pixels of one object: ``cover`` float32 [h, w] in 0..1 with its corner at (left, top), inside the picture."""
+    """The pixels of one object: ``cover`` float32 [h, w] in 0..1 with its corner at (left, top), inside the image."""
 
     cover: NDArray[np.float32]
     left: int
@@ -146,7 +146,7 @@ _FORMS: dict[str, list[NDArray[np.float64]]] = {
 
 
 def _mask(drawn: _Object, size: tuple[int, int]) -> _Mask | None:
-    """The object's pixels in a picture of (height, width) ``size``; None where not one is inside."""
+    """The object's pixels in an image of (height, width) ``size``; None where not one is inside."""
     cos, sin = np.cos(drawn.angle), np.sin(drawn.angle)
     turn = np.array([[cos, -sin], [sin, cos]]) * np.array([1.0, drawn.stretch])
     lines = [line @ turn.T for line in _FORMS[CLASS_NAMES[drawn.label]]]
@@ -177,7 +177,7 @@ _NOISE_SIDE = 1024
 
 @cache
 def _noise_sheet() -> NDArray[np.float32]:
-    """Gaussian noise, the same in every process. Pictures cut their grain from it: new noise for each is slow."""
+    """Gaussian noise, the same in every process. Images cut their grain from it: new noise for each is slow."""
     return np.random.default_rng(0).standard_normal((_NOISE_SIDE, _NOISE_SIDE), dtype=np.float32)
 
 
@@ -323,7 +323,7 @@ def _random_object(
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------- images
 
 
 def _visible(masks: list[_Mask], size: tuple[int, int]) -> list[float]:
@@ -337,8 +337,8 @@ def _visible(masks: list[_Mask], size: tuple[int, int]) -> list[float]:
     return shares[::-1]
 
 
-def draw_picture(rng: np.random.Generator, size: tuple[int, int], max_objects: int = 5) -> DrawnPicture:
-    """One picture of (height, width) ``size`` with 0 to ``max_objects`` objects.
+def draw_image(rng: np.random.Generator, size: tuple[int, int], max_objects: int = 5) -> DrawnImage:
+    """One image of (height, width) ``size`` with 0 to ``max_objects`` objects.
 
     An object that others would hide by more than 40 % is not drawn at all, so nothing visible lacks its box.
     """
@@ -364,11 +364,11 @@ def draw_picture(rng: np.random.Generator, size: tuple[int, int], max_objects: i
         _paint(image, mask, drawn)
     boxes = np.array([mask.box() for _, mask in pairs], np.float32).reshape(-1, 4)
     labels = np.array([drawn.label for drawn, _ in pairs], np.int64)
-    return DrawnPicture(_finish(rng, image, _softness(rng)), boxes, labels)
+    return DrawnImage(_finish(rng, image, _softness(rng)), boxes, labels)
 
 
 def draw_crop(rng: np.random.Generator, label: int, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A classifier's picture, uint8 RGB [H, W, 3]: a whole object of class ``label``, often with part of another."""
+    """A classifier's image, uint8 RGB [H, W, 3]: a whole object of class ``label``, often with part of another."""
     height, width = size
     image = _background(rng, size)
     side = rng.uniform(0.4, 0.85) * min(size)
@@ -391,16 +391,14 @@ def draw_crop(rng: np.random.Generator, label: int, size: tuple[int, int]) -> ND
     return _finish(rng, image, _softness(rng))
 
 
-def draw_moving_pictures(
-    num_frames: int, size: tuple[int, int], seed: int, num_objects: int = 6
-) -> Iterator[DrawnPicture]:
-    """The frames of a film: objects that glide, turn and bounce off the border, over a ground that stands still.
+def draw_video_frames(num_frames: int, size: tuple[int, int], seed: int, num_objects: int = 6) -> Iterator[DrawnImage]:
+    """The frames of a video: objects that glide, turn and bounce off the border, over a ground that stands still.
 
     The boxes of a frame leave out an object while others hide more than 40 % of it.
     """
-    rng = np.random.default_rng((seed, _FILM))
+    rng = np.random.default_rng((seed, _VIDEO))
     background = _background(rng, size)
-    softness = _softness(rng)  # one camera for the whole film
+    softness = _softness(rng)  # one camera for the whole video
     limits = np.array([size[1], size[0]], np.float64)
     objects, speeds, turns = [], [], []
     for number in range(num_objects):
@@ -420,7 +418,7 @@ def draw_moving_pictures(
         seen = [pair for pair, share in zip(pairs, visible, strict=True) if share >= 1 - HIDDEN_AT_MOST]
         boxes = np.array([mask.box() for _, mask in seen], np.float32).reshape(-1, 4)
         labels = np.array([drawn.label for drawn, _ in seen], np.int64)
-        yield DrawnPicture(_finish(rng, image, softness), boxes, labels)
+        yield DrawnImage(_finish(rng, image, softness), boxes, labels)
         for drawn, speed, turn in zip(objects, speeds, turns, strict=True):
             place, half = np.array([drawn.x, drawn.y]) + speed, drawn.side / 2
             speed[place < half] = np.abs(speed[place < half])
@@ -434,13 +432,13 @@ def draw_moving_pictures(
 
 def _write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
     if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 92]):
-        raise OSError(f"{path}: the picture could not be written (is the disk full, the folder read-only?)")
+        raise OSError(f"{path}: the image could not be written (is the disk full, the folder read-only?)")
 
 
 def _check_size(size: tuple[int, int]) -> None:
     if min(size) < 2 * SMALLEST_SIDE + 8:
         raise ValueError(
-            f"size {size}: pictures need at least {2 * SMALLEST_SIDE + 8} pixels a side for objects of {SMALLEST_SIDE}"
+            f"size {size}: images need at least {2 * SMALLEST_SIDE + 8} pixels a side for objects of {SMALLEST_SIDE}"
         )
 
 
@@ -451,17 +449,17 @@ def _in_threads(work: Callable[[int], _Result], count: int) -> list[_Result]:
 
 
 def _draw_split(
-    annotations: Path, images: Path, num_pictures: int, size: tuple[int, int], stream: tuple[int, int]
+    annotations: Path, images: Path, num_images: int, size: tuple[int, int], stream: tuple[int, int]
 ) -> None:
     images.mkdir(parents=True, exist_ok=True)
 
     def draw(number: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        picture = draw_picture(np.random.default_rng((*stream, number)), size)
-        _write_jpeg(images / f"{number:06d}.jpg", picture.image)
-        return picture.boxes, picture.labels
+        image = draw_image(np.random.default_rng((*stream, number)), size)
+        _write_jpeg(images / f"{number:06d}.jpg", image.image)
+        return image.boxes, image.labels
 
     records: list[dict[str, object]] = []
-    for number, (boxes, labels) in enumerate(_in_threads(draw, num_pictures)):
+    for number, (boxes, labels) in enumerate(_in_threads(draw, num_images)):
         for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels.tolist(), strict=True):
             width, height = x2 - x1, y2 - y1
             records.append(
@@ -474,12 +472,12 @@ def _draw_split(
                     "iscrowd": 0,
                 }
             )
-    pictures = [
+    image_records = [
         {"id": number + 1, "file_name": f"{number:06d}.jpg", "height": size[0], "width": size[1]}
-        for number in range(num_pictures)
+        for number in range(num_images)
     ]
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASS_NAMES)]
-    annotations.write_text(json.dumps({"images": pictures, "annotations": records, "categories": categories}))
+    annotations.write_text(json.dumps({"images": image_records, "annotations": records, "categories": categories}))
 
 
 def draw_detection_set(
@@ -489,9 +487,9 @@ def draw_detection_set(
 
     Args:
         out_dir: made if it is not there; files of the same names are replaced.
-        num_train: number of pictures to train on.
-        num_val: number of pictures to evaluate on; none of them is in the first part.
-        size: (height, width) of every picture.
+        num_train: number of images to train on.
+        num_val: number of images to evaluate on; none of them is in the first part.
+        size: (height, width) of every image.
         seed: the same seed gives the same files, byte for byte, with the same OpenCV and numpy.
 
     Raises:
@@ -512,9 +510,9 @@ def draw_classification_set(
 
     Args:
         out_dir: made if it is not there; files of the same names are replaced.
-        num_train: number of pictures of each class to train on.
-        num_val: number of pictures of each class to evaluate on.
-        size: (height, width) of every picture.
+        num_train: number of images of each class to train on.
+        num_val: number of images of each class to evaluate on.
+        size: (height, width) of every image.
         seed: the same seed gives the same files.
 
     Returns:
@@ -526,7 +524,7 @@ def draw_classification_set(
     """
     _check_size(size)
     folders = out_dir / "train", out_dir / "val"
-    for folder, num_pictures, stream in zip(folders, (num_train, num_val), (_TRAIN, _VAL), strict=True):
+    for folder, num_images, stream in zip(folders, (num_train, num_val), (_TRAIN, _VAL), strict=True):
         for label, name in enumerate(CLASS_NAMES):
             class_dir = folder / name
             class_dir.mkdir(parents=True, exist_ok=True)
@@ -535,5 +533,5 @@ def draw_classification_set(
                 rng = np.random.default_rng((seed, stream, label, number))
                 _write_jpeg(class_dir / f"{number:06d}.jpg", draw_crop(rng, label, size))
 
-            _in_threads(draw, num_pictures)
+            _in_threads(draw, num_images)
     return folders

@@ -44,7 +44,7 @@ class Reading:
     Attributes:
         losses: mean of each loss.
         num_batches: batches of one process.
-        num_images: pictures of all processes.
+        num_images: images of all processes.
         seconds: how long the window took.
         wait_seconds: how much of it this process waited for data.
     """
@@ -121,7 +121,7 @@ class Meter:
 class RunLog:
     """The record of a run in its folder, written by process 0 alone; on the others every call does nothing.
 
-    ``metrics.jsonl`` has a line per epoch, ``tensorboard/`` the curves and pictures. Used as a context manager.
+    ``metrics.jsonl`` has a line per epoch, ``tensorboard/`` the curves and images. Used as a context manager.
 
     Attributes:
         run_dir: folder of the run, already there.

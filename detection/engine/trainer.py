@@ -28,20 +28,20 @@ _Batch = TypeVar("_Batch", bound="TrainBatch")
 # Settings that may differ when a run is resumed: they change where and how fast it runs, not what it computes.
 _FREE_ON_RESUME = frozenset({"resume", "device", "num_threads", "workers", "log_every", "run_dir"})
 
-_NUM_NAMED_PICTURES = 5  # of the unreadable ones in the message that ends a run
+_NUM_NAMED_IMAGES = 5  # of the unreadable ones in the message that ends a run
 
 
 class TrainBatch(Protocol):
     """A batch of training data.
 
     Attributes:
-        skipped: "path: reason" of every picture that could not be read while this batch was made.
+        skipped: "path: reason" of every image that could not be read while this batch was made.
     """
 
     skipped: list[str]
 
     def __len__(self) -> int:
-        """Number of pictures."""
+        """Number of images."""
 
     def inputs(self) -> tuple[Tensor, ...]:
         """What the training step takes."""
@@ -70,7 +70,7 @@ class Task(Protocol):
     def step(self) -> nn.Module:
         """Called with a batch's inputs, gives scalar losses on the device; "loss" is minimised. Contains ``model``.
 
-        With several processes the gradients are averaged over them: a loss that is divided by a sum over the pictures
+        With several processes the gradients are averaged over them: a loss that is divided by a sum over the images
         takes that sum over all processes and multiplies by their number.
         """
 
@@ -84,7 +84,7 @@ class Task(Protocol):
 
     @property
     def num_train(self) -> int:
-        """Number of training pictures."""
+        """Number of training images."""
 
     @property
     def lr_scales(self) -> Mapping[str, float]:
@@ -99,16 +99,16 @@ class Task(Protocol):
     def checkpoint_extra(self) -> dict[str, Any]:
         """Tensors and plain data that travel with the weights: model config, class names, normalisation."""
 
-    def log_pictures(self, writer: SummaryWriter, step: int, batch: Any, model: nn.Module) -> None:
+    def log_images(self, writer: SummaryWriter, step: int, batch: Any, model: nn.Module) -> None:
         """Called on process 0 with a training batch on the device and ``model`` in evaluation mode."""
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     epochs: int = 25
-    """Passes over the training pictures."""
+    """Passes over the training images."""
     batch_size: int = 24
-    """Pictures of a batch, over all processes together: the same recipe trains the same on 1 GPU and on 8."""
+    """Images of a batch, over all processes together: the same recipe trains the same on 1 GPU and on 8."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one step of the optimiser."""
     seed: int = 0
@@ -124,13 +124,13 @@ class TrainConfig:
     compile: bool = False
     """Compile the training step with torch.compile(fullgraph=True)."""
     sync_norm: bool = False
-    """Batch norms see the pictures of all processes (GPUs only; without effect in one process)."""
+    """Batch norms see the images of all processes (GPUs only; without effect in one process)."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_every: int = 20
     """Optimiser steps between readings of the losses. A reading makes the host wait for the device."""
     max_skipped_share: float = 0.01
-    """The run stops when more than this share of the training pictures cannot be read."""
+    """The run stops when more than this share of the training images cannot be read."""
     num_threads: int | None = None
     """Threads of torch's operators; None leaves torch's own choice."""
     device: DeviceChoice = "auto"
@@ -151,7 +151,7 @@ class TrainConfig:
         self.ema.validate()
 
     def batch_size_per_process(self, world_size: int) -> int:
-        """Pictures of a batch in one of ``world_size`` processes.
+        """Images of a batch in one of ``world_size`` processes.
 
         Raises:
             ValueError: the batch cannot be shared out evenly.
@@ -201,8 +201,8 @@ def train(
         config_record: the whole configuration as plain data, for the record and for the check when resuming.
 
     Raises:
-        ValueError: the folder holds a run and ``resume`` is off; resuming with other settings; too few pictures for a
-            batch; too many unreadable pictures.
+        ValueError: the folder holds a run and ``resume`` is off; resuming with other settings; too few images for a
+            batch; too many unreadable images.
         FileNotFoundError: nothing to resume.
         FloatingPointError: a loss or a weight became infinite or not a number. ``last.pt`` is from the epoch before.
     """
@@ -217,7 +217,7 @@ def train(
     num_batches = len(loader)
     if num_batches == 0:
         raise ValueError(
-            f"{task.num_train} training pictures give no batch of {config.batch_size}; lower --train.batch-size"
+            f"{task.num_train} training images give no batch of {config.batch_size}; lower --train.batch-size"
         )
     steps_per_epoch = math.ceil(num_batches / config.accumulate)
     num_steps = config.epochs * steps_per_epoch
@@ -268,7 +268,7 @@ def train(
                 _note_skipped(skipped, batch.skipped, config.max_skipped_share, task.num_train)
                 batch = batch.to(device, non_blocking=True)
                 if run_log.writer is not None and step == 0 and i == 0:
-                    _log_pictures(task, run_log.writer, step, batch, model)
+                    _log_images(task, run_log.writer, step, batch, model)
                     task.step.train()
 
                 # the last group of an epoch may be smaller than the others: each is the mean over its own batches
@@ -315,7 +315,7 @@ def train(
                     is_best = math.isnan(best_metric) or metrics[task.metric] > best_metric
                     if is_best:
                         best_metric, best_epoch = metrics[task.metric], epoch + 1
-                    _log_pictures(task, run_log.writer, step, batch, deployed)
+                    _log_images(task, run_log.writer, step, batch, deployed)
 
             if runtime.is_main:
                 content = {
@@ -350,7 +350,7 @@ def train(
             )
 
     if skipped and runtime.is_main:
-        _log.warning("%d unreadable training pictures were skipped; they are named above", len(skipped))
+        _log.warning("%d unreadable training images were skipped; they are named above", len(skipped))
     return TrainResult(
         metrics=metrics,
         best_metric=best_metric,
@@ -441,15 +441,15 @@ def _gradients_stay_local(step: nn.Module, condition: bool) -> contextlib.Abstra
 
 
 def _note_skipped(seen: set[str], skipped: Iterable[str], max_share: float, num_train: int) -> None:
-    """Names each unreadable picture once and adds it to ``seen``; ends the run when there are too many."""
+    """Names each unreadable image once and adds it to ``seen``; ends the run when there are too many."""
     for text in sorted(set(skipped) - seen):
-        _log.warning("skipped a picture that cannot be read: %s", text)
+        _log.warning("skipped an image that cannot be read: %s", text)
         seen.add(text)
     if len(seen) > max_share * num_train:
-        named = "; ".join(sorted(seen)[:_NUM_NAMED_PICTURES])
-        more = f"; and {len(seen) - _NUM_NAMED_PICTURES} more" if len(seen) > _NUM_NAMED_PICTURES else ""
+        named = "; ".join(sorted(seen)[:_NUM_NAMED_IMAGES])
+        more = f"; and {len(seen) - _NUM_NAMED_IMAGES} more" if len(seen) > _NUM_NAMED_IMAGES else ""
         raise ValueError(
-            f"{len(seen)} of {num_train} training pictures cannot be read, more than --train.max-skipped-share "
+            f"{len(seen)} of {num_train} training images cannot be read, more than --train.max-skipped-share "
             f"{max_share:g} allows: {named}{more}. Repair them, take them out, or raise the share"
         )
 
@@ -480,6 +480,6 @@ def _evaluate(task: Task, model: nn.Module) -> dict[str, float]:
 
 
 @torch.no_grad()
-def _log_pictures(task: Task, writer: SummaryWriter, step: int, batch: TrainBatch, model: nn.Module) -> None:
+def _log_images(task: Task, writer: SummaryWriter, step: int, batch: TrainBatch, model: nn.Module) -> None:
     model.eval()
-    task.log_pictures(writer, step, batch, model)
+    task.log_images(writer, step, batch, model)
