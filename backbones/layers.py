@@ -3,13 +3,46 @@
 Letters in shapes: B batch, C channels, H W height and width.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.errors import UserError
+
 PaddingMode = Literal["symmetric", "tf_same"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Normalise(nn.Module):
+    """Pixels to what a network was trained on: (pixel / 255 - mean) / std, on the device, where it costs nothing.
+
+    Args:
+        mean, std: of the channels R, G, B, in units of pixel / 255.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
+        super().__init__()
+        # No part of the weights' tensors: they travel with the weights as plain numbers.
+        self.register_buffer("mean", torch.empty(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.empty(1, 3, 1, 1), persistent=False)
+        self.set(mean, std)
+
+    def set(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take other values, in place."""
+        for buffer, values in ((self.mean, mean), (self.std, std)):
+            buffer.copy_(torch.tensor(values, dtype=torch.float32).mul(255).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 or float [B, 3, H, W] in 0..255 -> float [B, 3, H, W]."""
+        return (images.to(self.mean.dtype) - self.mean) / self.std
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
@@ -106,9 +139,9 @@ class ConvNormAct(nn.Module):
     ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {kernel_size}; an odd number is needed")
+            raise UserError(f"kernel_size is {kernel_size}; an odd number is needed")
         if padding not in ("symmetric", "tf_same"):
-            raise ValueError(f"padding is {padding!r}; it can be 'symmetric' or 'tf_same'")
+            raise UserError(f"padding is {padding!r}; it can be 'symmetric' or 'tf_same'")
         self.kernel_size = kernel_size
         self.stride = stride
         self.pads_itself = padding == "tf_same" and stride > 1

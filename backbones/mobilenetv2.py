@@ -5,10 +5,11 @@ Letters in shapes: B batch, C channels, H W height and width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
+from backbones.errors import UserError
 from backbones.features import Backbone, FeatureSpec
 from backbones.layers import ConvNormAct, PaddingMode, make_divisible
 
@@ -28,6 +29,11 @@ STEM_CHANNELS = 32
 @dataclass(kw_only=True, slots=True)
 class MobileNetV2Config:
     """What can be chosen about a MobileNetV2."""
+
+    fields_of_weights: ClassVar[tuple[str, ...]] = (
+        "width", "settings", "last_channels", "fixed_ends", "residual", "padding", "norm_eps",
+    )  # fmt: skip
+    """Fields that change what the weights' numbers mean; the others (freezing, momentum) may differ."""
 
     width: float = 1.0
     """Multiplier of all channel counts; the paper and the public weights use 0.35 to 1.4."""
@@ -53,28 +59,28 @@ class MobileNetV2Config:
     """All batch norms keep their statistics, scales and shifts, also in training."""
 
     def validate(self) -> None:
-        """Raise ValueError, with the value and what is allowed, where a value makes no sense."""
+        """Raise UserError, with the value and what is allowed, where a value makes no sense."""
         if not 0.1 <= self.width <= 4:
-            raise ValueError(f"width is {self.width}; it can be 0.1 to 4 (public weights exist for 0.35 to 1.4)")
+            raise UserError(f"width is {self.width}; it can be 0.1 to 4 (public weights exist for 0.35 to 1.4)")
         if not self.settings:
-            raise ValueError("settings has no rows; at least one stage (t, c, n, s) is needed")
+            raise UserError("settings has no rows; at least one stage (t, c, n, s) is needed")
         for row in self.settings:
             if min(row) < 1 or row[3] not in (1, 2):
-                raise ValueError(f"settings row {row}: t, c, n are at least 1 and the stride s is 1 or 2")
+                raise UserError(f"settings row {row}: t, c, n are at least 1 and the stride s is 1 or 2")
         if self.last_channels < 1:
-            raise ValueError(f"last_channels is {self.last_channels}; at least 1 is needed")
+            raise UserError(f"last_channels is {self.last_channels}; at least 1 is needed")
         if self.residual not in ("identity", "projection"):
-            raise ValueError(f"residual is {self.residual!r}; it can be 'identity' or 'projection'")
+            raise UserError(f"residual is {self.residual!r}; it can be 'identity' or 'projection'")
         if self.padding not in ("symmetric", "tf_same"):
-            raise ValueError(f"padding is {self.padding!r}; it can be 'symmetric' or 'tf_same'")
+            raise UserError(f"padding is {self.padding!r}; it can be 'symmetric' or 'tf_same'")
         if self.norm_eps <= 0 or not 0 < self.norm_momentum <= 1:
-            raise ValueError(
+            raise UserError(
                 f"norm_eps is {self.norm_eps} and norm_momentum {self.norm_momentum}; "
                 "the first is above 0, the second above 0 and at most 1"
             )
         num_parts = len(self.settings) + 2
         if not 0 <= self.frozen_stages <= num_parts:
-            raise ValueError(
+            raise UserError(
                 f"frozen_stages is {self.frozen_stages}; it can be 0 (nothing) to {num_parts} "
                 f"(stem, {len(self.settings)} stages and the last convolution)"
             )
@@ -140,7 +146,7 @@ class MobileNetV2(Backbone):
     Initialisation: He et al. 2015 (arXiv 1502.01852) on fan-out for convolutions, scale 1 and shift 0 for batch norms.
 
     Raises:
-        ValueError: for a feature that is not there, or a config that makes no sense.
+        UserError: for a feature that is not there, or a config that makes no sense.
     """
 
     def __init__(self, config: MobileNetV2Config, out_features: Sequence[str] = ("last",)) -> None:
@@ -185,7 +191,7 @@ class MobileNetV2(Backbone):
         unknown = [name for name in out_features if name not in self.feature_specs]
         if unknown or not out_features:
             asked = ", ".join(map(repr, unknown)) or "nothing"
-            raise ValueError(f"asked for the feature {asked}; there are: {', '.join(self.feature_specs)}")
+            raise UserError(f"asked for the feature {asked}; there are: {', '.join(self.feature_specs)}")
         self.out_features = tuple(out_features)
         self._inner_features = {place: name for place, name in inner_features.items() if name in out_features}
         part_names = [name for name, _ in self.named_children()]

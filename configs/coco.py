@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from detection.config import DataConfig, DetectionConfig, SplitConfig
 from detection.data.augment import ssd_augment
 from detection.engine.ema import EmaConfig
+from detection.engine.loop import TrainConfig
 from detection.engine.optim import OptimConfig
-from detection.engine.trainer import TrainConfig
-from detection.losses import LossConfig
-from detection.model import DetectorConfig
+from detection.models.ssdlite import SSDLiteConfig
+from detection.training.config import DataConfig, DetectionConfig, SplitConfig
+from detection.training.ssd_loss import SSDLossConfig
 
 
 def _coco() -> DataConfig:
@@ -59,9 +59,8 @@ def ssdlite_mnv2_320_focal() -> DetectionConfig:
     prior 0.01). Not trained here.
     """
     config = ssdlite_mnv2_320()
-    config.model.score = "sigmoid"
-    config.model.background_column = False
-    config.loss = LossConfig(classification="focal", classification_weight=5.0)
+    config.model = SSDLiteConfig(score="sigmoid", background_column=False)
+    config.loss = SSDLossConfig(classification="focal", classification_weight=5.0)
     config.train.batch_size = 256
     config.train.optim.lr = 0.08
     return config
@@ -74,6 +73,6 @@ def ssdlite_mnv2_x0_5_320() -> DetectionConfig:
     """
     config = ssdlite_mnv2_320()
     config.weights = None
-    config.model = DetectorConfig()
+    config.model = SSDLiteConfig()
     config.model.backbone.width = 0.5
     return config

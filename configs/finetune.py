@@ -2,15 +2,15 @@
 
 from backbones.classifier import ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config
-from backbones.pretrain import TransformConfig
-from detection.anchors import AnchorConfig
-from detection.classification import ClassificationConfig
-from detection.config import DetectionConfig
+from detection.classification.data import TransformConfig
+from detection.classification.task import ClassificationConfig
 from detection.data.augment import finetune_augment
 from detection.engine.ema import EmaConfig
+from detection.engine.loop import TrainConfig
 from detection.engine.optim import OptimConfig
-from detection.engine.trainer import TrainConfig
-from detection.model import DetectorConfig
+from detection.models.anchors import AnchorConfig
+from detection.models.ssdlite import SSDLiteConfig
+from detection.training.config import DetectionConfig
 
 
 def detector() -> DetectionConfig:
@@ -29,7 +29,7 @@ def detector() -> DetectionConfig:
     * Mild changes of the images: with few epochs the network should meet objects at the size they will have.
     """
     return DetectionConfig(
-        model=DetectorConfig(
+        model=SSDLiteConfig(
             backbone=MobileNetV2Config(frozen_stages=3),
             anchors=AnchorConfig(min_scale=0.1, reduce_first_map=False),
         ),

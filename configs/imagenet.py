@@ -2,11 +2,11 @@
 
 from backbones.classifier import ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config
-from backbones.pretrain import TransformConfig
-from detection.classification import ClassificationConfig, ClassificationDataConfig
+from detection.classification.data import TransformConfig
+from detection.classification.task import ClassificationConfig, ClassificationDataConfig
 from detection.engine.ema import EmaConfig
+from detection.engine.loop import TrainConfig
 from detection.engine.optim import OptimConfig
-from detection.engine.trainer import TrainConfig
 
 _STEPS_PER_EPOCH = 1_281_167 // 1024
 

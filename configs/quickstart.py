@@ -2,15 +2,15 @@
 
 from backbones.classifier import ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config
-from backbones.pretrain import TransformConfig
-from detection.anchors import AnchorConfig
-from detection.classification import ClassificationConfig, ClassificationDataConfig
-from detection.config import DataConfig, DetectionConfig
+from detection.classification.data import TransformConfig
+from detection.classification.task import ClassificationConfig, ClassificationDataConfig
 from detection.data.augment import AugmentConfig
 from detection.engine.ema import EmaConfig
+from detection.engine.loop import TrainConfig
 from detection.engine.optim import OptimConfig
-from detection.engine.trainer import TrainConfig
-from detection.model import DetectorConfig
+from detection.models.anchors import AnchorConfig
+from detection.models.ssdlite import SSDLiteConfig
+from detection.training.config import DataConfig, DetectionConfig
 
 WIDTH = 0.35
 
@@ -36,7 +36,7 @@ def detector() -> DetectionConfig:
     A map at stride 8 beside SSDLite's own, because the smallest objects are 15 px at the input.
     """
     return DetectionConfig(
-        model=DetectorConfig(
+        model=SSDLiteConfig(
             backbone=MobileNetV2Config(width=WIDTH, frozen_stages=1),
             input_size=(160, 160),
             features=("stage3", "stride16_expansion", "last"),

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from detection.config import DataConfig, DetectionConfig, SplitConfig
 from detection.data.augment import ssd_augment
+from detection.engine.loop import TrainConfig
 from detection.engine.optim import OptimConfig
-from detection.engine.trainer import TrainConfig
+from detection.training.config import DataConfig, DetectionConfig, SplitConfig
 
 
 def ssdlite_mnv2_320() -> DetectionConfig:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from detection.predictor import Predictor, load_detector
+    from detection.inference.predictor import Predictor, load_detector
     from detection.structures import Detections
 
 __all__ = ["Detections", "Predictor", "load_detector"]
@@ -16,7 +16,7 @@ def __getattr__(name: str) -> Any:
 
         return Detections
     if name in __all__:
-        from detection import predictor
+        from detection.inference import predictor
 
         return getattr(predictor, name)
     raise AttributeError(f"module 'detection' has no attribute {name!r}")

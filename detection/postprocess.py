@@ -4,12 +4,13 @@ Letters in shapes: B batch, A anchors, C columns of class logits, N candidates o
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 from torchvision.ops import nms
 
-from detection.box_coder import BoxCoder
+from backbones.errors import UserError
+from detection.models.box_coders import BoxCoder
+from detection.models.detector import DetectorConfig, Score
 from detection.structures import Detections, RawPredictions
 
 
@@ -26,11 +27,11 @@ class PostprocessConfig:
 
     def validate(self) -> None:
         if not 0 <= self.score_threshold < 1:
-            raise ValueError(f"postprocess.score_threshold must be in [0, 1), got {self.score_threshold}")
+            raise UserError(f"postprocess.score_threshold must be in [0, 1), got {self.score_threshold}")
         if not 0 < self.nms_threshold <= 1:
-            raise ValueError(f"postprocess.nms_threshold must be in (0, 1], got {self.nms_threshold}")
+            raise UserError(f"postprocess.nms_threshold must be in (0, 1], got {self.nms_threshold}")
         if self.candidates < 1 or self.max_detections < 1:
-            raise ValueError("postprocess.candidates and postprocess.max_detections must be at least 1")
+            raise UserError("postprocess.candidates and postprocess.max_detections must be at least 1")
 
 
 class Postprocess:
@@ -51,7 +52,7 @@ class Postprocess:
         self,
         config: PostprocessConfig,
         box_coder: BoxCoder,
-        score: Literal["softmax", "sigmoid"],
+        score: Score,
         background_column: bool,
         class_names: tuple[str, ...] = (),
     ) -> None:
@@ -82,15 +83,13 @@ class Postprocess:
             B detections, best first, boxes in pixels of the image and inside it.
         """
         scores = self.scores(raw.class_logits)
-        encodings = raw.box_encodings.float()
-        placements = placements.to(encodings)
-        limits = original_sizes.to(encodings).flip(-1)  # [B, 2]: width, height
-        images = zip(scores, encodings, placements, limits, strict=True)
+        codes = raw.codes.float()
+        placements = placements.to(codes)
+        limits = original_sizes.to(codes).flip(-1)  # [B, 2]: width, height
+        images = zip(scores, codes, placements, limits, strict=True)
         return [self._image(*image, anchors=raw.anchors) for image in images]
 
-    def _image(
-        self, scores: Tensor, encodings: Tensor, placement: Tensor, limit: Tensor, anchors: Tensor
-    ) -> Detections:
+    def _image(self, scores: Tensor, codes: Tensor, placement: Tensor, limit: Tensor, anchors: Tensor) -> Detections:
         C = scores.shape[-1]
         scores = scores.flatten()
         # Few pairs are above it, and a top-k over all of them takes twice as long as finding those and sorting them.
@@ -98,7 +97,7 @@ class Postprocess:
         scores, order = scores[pairs].topk(min(self.config.candidates, len(pairs)))  # [N], best first
         pairs = pairs[order]
         rows, columns = pairs // C, pairs % C
-        boxes = to_image(self.box_coder.decode(encodings[rows], anchors[rows]), placement)
+        boxes = to_image(self.box_coder.decode(codes[rows], anchors[rows]), placement)
 
         best = self._suppress(boxes, scores, columns)
         # Clipped last, as TensorFlow does: two boxes that stick out of the image differ more than what is left of them.
@@ -134,3 +133,10 @@ def to_image(boxes: Tensor, placement: Tensor) -> Tensor:
     """
     scale, offset = placement.split(2)
     return ((boxes.unflatten(-1, (2, 2)) - offset) / scale).flatten(-2)  # corner by corner
+
+
+def build_postprocess(
+    model: DetectorConfig, config: PostprocessConfig, class_names: tuple[str, ...] = ()
+) -> Postprocess:
+    """The post-processing that fits a detector's output."""
+    return Postprocess(config, model.box_coder(), model.score, model.background_column, class_names)

@@ -6,7 +6,7 @@
 * Images are RGB uint8 until they reach the device; the network normalises them itself.
 
 Letters in shapes: B batch, H W height and width, A anchors, M objects of an image (padded), N boxes, K classes,
-C columns of class logits (K, or K + 1 with the background as column 0).
+C columns of class logits (K, or K + 1 with the background as column 0), D numbers of a box code.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# How an image comes to the network's input size; see ``detection.preprocess.place``.
+# How an image comes to the network's input size; see ``detection.images.place.place``.
 ResizeMode = Literal["stretch", "letterbox", "stretch_tensorflow"]
 
 _Batch = TypeVar("_Batch", bound="Batch")
@@ -125,12 +125,12 @@ class RawPredictions(NamedTuple):
     """What the network says of every anchor, before any threshold.
 
     Attributes:
-        box_encodings: float32 [B, A, 4], the box coder's numbers (x, y, w, h).
+        codes: float32 [B, A, D], the box coder's numbers.
         class_logits: float32 [B, A, C].
         anchors: float32 [A, 4], xyxy in pixels of the network's input.
     """
 
-    box_encodings: Tensor
+    codes: Tensor
     class_logits: Tensor
     anchors: Tensor
 

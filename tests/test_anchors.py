@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from backbones.features import FeatureSpec
-from detection.anchors import AnchorConfig, AnchorGenerator
 from detection.boxes import xyxy_to_cxcywh
+from detection.models.anchors import AnchorConfig, AnchorGenerator
 
 SPECS = [
     FeatureSpec(576, 16),

@@ -14,7 +14,7 @@ from detection.data.augment import (
     finetune_augment,
     ssd_augment,
 )
-from detection.preprocess import place, resize
+from detection.images.place import place, resize
 
 COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255]], np.uint8)
 NO_BOXES = np.zeros((0, 4), np.float32)

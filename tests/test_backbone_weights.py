@@ -11,8 +11,7 @@ from torch import nn
 
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
-from backbones.pretrain import EvalTransform, Normalise, TransformConfig, count_correct, read_image
-from backbones.weights import (
+from backbones.weights.native import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     WeightsInfo,
@@ -23,6 +22,7 @@ from backbones.weights import (
     to_torchvision,
     torchvision_keys,
 )
+from detection.classification.data import EvalTransform, Normalise, TransformConfig, count_correct, read_image
 
 SMALL = MobileNetV2Config(width=0.35)
 

@@ -12,10 +12,10 @@ from test_predictor import small_detector
 
 from backbones.layers import PaddingMode
 from backbones.mobilenetv2 import MobileNetV2Config
-from detection.backends import Backend, _can_pack, build_network, threads_for, to_onnx
-from detection.model import Detector, DetectorConfig
-from detection.predictor import Predictor, fold_norms, load_detector
-from detection.weights import save_detector
+from detection.inference.predictor import Predictor, fold_norms, load_detector
+from detection.inference.runners import Backend, _can_pack, build_network, threads_for, to_onnx
+from detection.models.ssdlite import SSDLite, SSDLiteConfig
+from detection.weights.native import save_detector
 
 CPU = torch.device("cpu")
 
@@ -37,7 +37,7 @@ def test_all_say_the_same(backend: Backend) -> None:
         with torch.inference_mode():
             expected, found = model(images), network(images)
         assert expected.class_logits.std() > 0.1
-        torch.testing.assert_close(found.box_encodings, expected.box_encodings, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.codes, expected.codes, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(found.anchors, expected.anchors)
 
@@ -48,8 +48,8 @@ def test_packed_convolutions_say_the_same(folded: bool, padding: PaddingMode) ->
     if not _can_pack():
         pytest.skip("this processor or this torch has no packed convolutions")
     torch.manual_seed(0)
-    config = DetectorConfig(backbone=MobileNetV2Config(width=0.35, padding=padding), input_size=(96, 128))
-    model = Detector(config, 3).to(memory_format=torch.channels_last)
+    config = SSDLiteConfig(backbone=MobileNetV2Config(width=0.35, padding=padding), input_size=(96, 128))
+    model = SSDLite(config, 3).to(memory_format=torch.channels_last)
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.momentum = 1.0  # statistics of the images below: answers of a size that can be compared
@@ -65,7 +65,7 @@ def test_packed_convolutions_say_the_same(folded: bool, padding: PaddingMode) ->
         with torch.inference_mode():
             expected, found = plain(images), network(images)
         assert expected.class_logits.std() > 0.01
-        torch.testing.assert_close(found.box_encodings, expected.box_encodings, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.codes, expected.codes, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=1e-5)
 
 
@@ -89,7 +89,7 @@ def test_a_predictor_finds_the_same_with_another_backend(backend: Backend, tmp_p
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_missing_package_is_named(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, backend, None)
-    monkeypatch.setattr("detection.backends.to_onnx", lambda model: b"")
+    monkeypatch.setattr("detection.inference.runners.to_onnx", lambda model: b"")
     with pytest.raises(ValueError, match=rf"needs the package {backend}.*pip install 'litedet\[export\]'"):
         Predictor(*small_detector(), CPU, backend)
 
@@ -112,9 +112,8 @@ def test_cpu_backends_refuse_other_devices() -> None:
 
 
 def test_the_package_imports_no_backend() -> None:
-    code = (
-        "import detection.predictor, sys; print([n for n in ('onnx', 'onnxruntime', 'openvino') if n in sys.modules])"
-    )
+    names = "('onnx', 'onnxruntime', 'openvino')"
+    code = f"import detection.inference.predictor, sys; print([n for n in {names} if n in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
@@ -126,6 +125,6 @@ def test_the_onnx_file_takes_images_as_they_are() -> None:
     graph = onnx.load_from_string(to_onnx(small_detector()[0])).graph
     tensor = graph.input[0].type.tensor_type
     assert [value.name for value in graph.input] == ["images"]
-    assert [value.name for value in graph.output] == ["box_encodings", "class_logits"]
+    assert [value.name for value in graph.output] == ["codes", "class_logits"]
     assert tensor.elem_type == onnx.TensorProto.UINT8
     assert [size.dim_value for size in tensor.shape.dim] == [0, 3, 96, 128]  # 0: any batch size

@@ -17,21 +17,22 @@ from backbones.classifier import Classifier, ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config
 from detection.benchmark import count, drawn, scale
 from detection.benchmark.peer import build_peer
+from detection.cli import benchmark
 from detection.data.augment import EvalTransform
 from detection.data.coco import CocoIndex
+from detection.data.drawn.synthetic import draw_detection_set
 from detection.data.loader import DetectionDataset, build_loader
-from detection.data.synthetic import draw_detection_set
-from detection.evaluation import CocoEvaluator
-from detection.model import Detector, DetectorConfig
+from detection.evaluation.coco_ap import CocoEvaluator
+from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig
 from detection.structures import Batch
-from detection.weights import DetectorInfo, save_detector
-from tools import benchmark
+from detection.weights.info import DetectorInfo
+from detection.weights.native import save_detector
 
 
 def test_the_peer_is_the_same_network() -> None:
     torch.manual_seed(0)
-    model = Detector(DetectorConfig(), 80)
+    model = SSDLite(SSDLiteConfig(), 80)
     images = torch.randint(0, 256, (4, 3, 320, 320), dtype=torch.uint8)
     drawn.draw_weights(model, images)
     # The last maps have 1 to 4 cells: batch norms that saw four images of noise there blow
@@ -41,12 +42,12 @@ def test_the_peer_is_the_same_network() -> None:
     with torch.inference_mode():
         expected = model(images[:1])
         inputs, _ = peer.transform([images[0].double() / 255])
-        normalised = (images[:1].double() - model.mean) / model.std
+        normalised = (images[:1].double() - model.normalise.mean) / model.normalise.std
         maps = list(peer.backbone(normalised).values())
         outputs = peer.head(maps)
         anchors = peer.anchor_generator(inputs, maps)[0]
     torch.testing.assert_close(inputs.tensors, normalised, rtol=0, atol=1e-6)
-    torch.testing.assert_close(outputs["bbox_regression"], expected.box_encodings, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(outputs["bbox_regression"], expected.codes, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(outputs["cls_logits"], expected.class_logits, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(anchors, expected.anchors, rtol=0, atol=1e-3, check_dtype=False)
     share = (expected.class_logits.softmax(-1)[..., 1:] > 0.001).float().mean().item()
@@ -56,14 +57,14 @@ def test_the_peer_is_the_same_network() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        DetectorConfig(resize="letterbox"),
-        DetectorConfig(backbone=MobileNetV2Config(width=0.35)),
-        DetectorConfig(input_size=(192, 320)),
+        SSDLiteConfig(resize="letterbox"),
+        SSDLiteConfig(backbone=MobileNetV2Config(width=0.35)),
+        SSDLiteConfig(input_size=(192, 320)),
     ],
 )
-def test_a_detector_that_torchvision_cannot_make_is_refused(config: DetectorConfig) -> None:
+def test_a_detector_that_torchvision_cannot_make_is_refused(config: SSDLiteConfig) -> None:
     with pytest.raises(ValueError, match=r"torchvision's parts make a MobileNetV2 of width 1\.0"):
-        build_peer(Detector(config, 3), PostprocessConfig())
+        build_peer(SSDLite(config, 3), PostprocessConfig())
 
 
 def test_counts_by_hand() -> None:
@@ -98,7 +99,7 @@ def _assert_parts_sum_up(counts: dict[str, count.Count]) -> None:
 
 
 def test_counts_of_the_detector_by_hand() -> None:
-    counts = count.count(Detector(DetectorConfig(), 80), (320, 320))
+    counts = count.count(SSDLite(SSDLiteConfig(), 80), (320, 320))
     # First extra map: 1280 -> 256 at 10 x 10, depthwise to 5 x 5, 256 -> 512; the others in the same way.
     pairs = [(1280, 512, 10, 5), (512, 256, 5, 3), (256, 256, 3, 2), (256, 128, 2, 1)]
     extras = sum(a * b // 2 * s * s + b // 2 * 9 * t * t + b // 2 * b * t * t for a, b, s, t in pairs)
@@ -253,9 +254,9 @@ def test_the_tool_writes_json_and_image(tmp_path: Path, capsys: pytest.CaptureFi
 def test_other_backends_and_own_weights(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    config = DetectorConfig(input_size=(96, 96))
+    config = SSDLiteConfig(input_size=(96, 96))
     info = DetectorInfo(model=config, postprocess=PostprocessConfig(), class_names=("a", "b"), category_ids=(1, 2))
-    save_detector(tmp_path / "d.safetensors", Detector(config, 2), info)
+    save_detector(tmp_path / "d.safetensors", SSDLite(config, 2), info)
     images = draw_detection_set(tmp_path / "p", num_train=4, num_val=1, size=(96, 128))
     arguments = ["--images", str(images.train_images), "--annotations", str(images.train_annotations)]
     arguments += ["--weights", str(tmp_path / "d.safetensors"), "--threads", str(torch.get_num_threads())]

@@ -1,8 +1,8 @@
 import json
 from pathlib import Path
 
-from detection.data.check import describe
 from detection.data.coco import CocoIndex
+from detection.data.summary import describe
 
 
 def test_report(tmp_path: Path) -> None:

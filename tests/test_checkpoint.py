@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from detection.engine.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from backbones.state import load_state
+from detection.engine.checkpoint import load_checkpoint, save_checkpoint
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -102,9 +103,9 @@ def test_other_format_version(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-def test_load_weights() -> None:
+def test_load_state() -> None:
     source, target = nn.Linear(2, 3), nn.Linear(2, 3)
-    load_weights(target, source.state_dict(), "source")
+    load_state(target, source.state_dict(), "source")
     torch.testing.assert_close(target.state_dict(), source.state_dict(), rtol=0, atol=0)
 
 
@@ -118,11 +119,11 @@ def test_every_mismatch_is_named_and_nothing_is_loaded() -> None:
         "x": torch.zeros(1),
     }
     with pytest.raises(ValueError, match="of 4 tensors differ") as error:
-        load_weights(target, weights, "best.pt")
+        load_state(target, weights, "best.pt")
     assert str(error.value).splitlines() == [
-        "best.pt does not fit the network, 3 of 4 tensors differ:",
+        "best.pt does not fit the network, nothing was loaded (3 of 4 tensors differ):",
         "  missing: 1.bias [1]",
-        "  not expected: x",
+        "  not expected: x [1]",
         "  0.weight: expected shape [3, 2], given [3, 4]",
     ]
     torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)

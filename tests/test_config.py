@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from detection.config import DetectionConfig, load_config
-from detection.model import Detector
-from detection.plain import from_plain, to_plain
+from detection.cli.recipes import load_config
+from detection.engine.plain import from_plain, to_plain
+from detection.models.build import build_detector
+from detection.training.config import DetectionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,9 +32,11 @@ def test_every_recipe_is_valid_and_survives_plain_data(recipe: str) -> None:
     config = load_config([recipe, *weights], "test")
     config.validate()
     plain = to_plain(config)
-    assert from_plain(json.loads(json.dumps(plain)), type(config)) == config
-    if isinstance(config, DetectionConfig):
-        assert Detector(config.model, 3).loss(config.loss) is not None
+    if not isinstance(config, DetectionConfig):
+        assert from_plain(json.loads(json.dumps(plain)), type(config)) == config
+    else:
+        assert DetectionConfig.from_plain(json.loads(json.dumps(plain))) == config
+        assert config.loss.build(build_detector(config.model, 3)) is not None
 
 
 def test_overrides() -> None:
@@ -93,7 +96,7 @@ def test_without_a_recipe_the_usage_is_shown(capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("configs/finetune.py", "names no recipe; give FILE.py:FUNCTION"),
+        ("configs/finetune.py", "names no recipe; give FILE:FUNCTION"),
         ("configs/nothing.py:detector", r"no recipe file configs/nothing\.py"),
         (str(ROOT / "configs/finetune.py:nothing"), "has no recipe 'nothing'; it has: .*detector"),
     ],

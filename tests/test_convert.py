@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 from shared_data import SHARED, needs_shared
 
+from detection.cli import convert as convert_dataset
 from detection.data.coco import CocoIndex
-from detection.data.convert import convert_voc, convert_yolo, read_class_names
-from tools import convert_dataset
+from detection.data.formats.convert import convert_voc, convert_yolo, read_class_names
 
 
 def draw(path: Path, width: int, height: int, exif_orientation: int | None = None) -> None:

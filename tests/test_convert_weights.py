@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.layers import ConvNormAct
-from backbones.layouts import DEEPER_BLOCKS, public_configs
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
-from backbones.pretrain import EvalTransform, Normalise, TransformConfig, count_correct, read_image
-from backbones.tflite import read_tflite, unfold_norms
-from backbones.weights import (
+from backbones.weights.layouts import DEEPER_BLOCKS, public_configs
+from backbones.weights.native import (
     WeightsInfo,
     adopt_config,
     check_statistics,
@@ -34,8 +32,10 @@ from backbones.weights import (
     to_timm,
     to_torchvision,
 )
-from detection.conversion import convert, unpack
-from tools.convert_weights import main
+from backbones.weights.tflite import read_tflite, unfold_norms
+from detection.classification.data import EvalTransform, Normalise, TransformConfig, count_correct, read_image
+from detection.cli.convert_weights import main
+from detection.weights.recognition import convert, unpack
 
 NARROW = MobileNetV2Config(width=0.35)
 

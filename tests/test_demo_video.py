@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from detection.data.synthetic import draw_video_frames
+from detection.cli import video as demo_video
+from detection.data.drawn.synthetic import draw_video_frames
+from detection.inference.video import FrameReader, write_video
 from detection.structures import Detections
-from detection.video import FrameReader, write_video
-from tools import demo_video
 
 
 class FakeDetector:
@@ -130,7 +130,7 @@ def test_broken_stream_leaves_whole_files(
             self.left -= 1
             return self.capture.read() if self.left >= 0 else (False, None)
 
-    monkeypatch.setattr("detection.video._capture", Breaking)
+    monkeypatch.setattr("detection.inference.video._capture", Breaking)
     result, lines = run(video)
     monkeypatch.undo()
     assert (result.num_frames, len(lines), count_frames(video.parent / "out.mp4")) == (6, 6, 6)

@@ -15,14 +15,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
+from detection.cli.eval import main
 from detection.engine.checkpoint import save_checkpoint
-from detection.evaluation import FIGURES
-from detection.model import Detector, DetectorConfig
-from detection.plain import to_plain
+from detection.engine.plain import to_plain
+from detection.evaluation.coco_ap import FIGURES
+from detection.inference.predictor import Predictor, load_detector
+from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig
-from detection.predictor import Predictor, load_detector
-from detection.weights import DetectorInfo, save_detector
-from tools.eval_det import main
+from detection.weights.info import DetectorInfo
+from detection.weights.native import save_detector
 
 NAMES = ("disc", "square", "star")
 FILE_IDS = {"star": 2, "disc": 5, "square": 9, "moon": 11}  # neither the detector's ids nor its order
@@ -38,7 +39,7 @@ class Scene:
         self.json = folder / "out" / "figures.json"
         self.images.mkdir()
         torch.manual_seed(0)
-        config = DetectorConfig(
+        config = SSDLiteConfig(
             backbone=MobileNetV2Config(width=0.35), input_size=(96, 128), resize="letterbox", init_std=0.3
         )
         self.info = DetectorInfo(
@@ -47,7 +48,7 @@ class Scene:
             class_names=NAMES,
             category_ids=(1, 2, 3),
         )
-        self.model = Detector(config, len(NAMES))
+        self.model = SSDLite(config, len(NAMES))
         save_detector(self.checkpoint, self.model, self.info)
 
         rng = np.random.default_rng(0)

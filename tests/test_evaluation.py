@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from detection.data.coco import CocoIndex
-from detection.evaluation import FIGURES, Backend, CocoEvaluator, EvaluationResult, evaluate, only_classes
+from detection.evaluation.coco_ap import FIGURES, Backend, CocoEvaluator, EvaluationResult, evaluate, only_classes
 from detection.structures import Batch, Detections, RawPredictions
 
 BOTH: tuple[Backend, ...] = ("faster", "pycocotools")

@@ -21,7 +21,7 @@ from detection.data.loader import (
     build_loader,
     collate,
 )
-from detection.preprocess import place
+from detection.images.place import place
 from detection.structures import Batch, Sample
 
 

@@ -7,24 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detection.box_coder import BoxCoder
 from detection.boxes import cxcywh_to_xyxy
-from detection.losses import DetectionLoss, LossConfig
-from detection.matcher import Matcher, MatcherConfig
+from detection.models.box_coders import SSDBoxCoder
 from detection.structures import RawPredictions, Target
+from detection.training.assignment import MatcherConfig, SSDAssigner
+from detection.training.ssd_loss import SSDLoss, SSDLossConfig
 
 
-def loss_slowly(config: LossConfig, raw: RawPredictions, target: Target, first_column: int) -> dict[str, float]:
+def loss_slowly(config: SSDLossConfig, raw: RawPredictions, target: Target, first_column: int) -> dict[str, float]:
     """One image after the other, one anchor after the other."""
     positives, box, classification = 0, 0.0, 0.0
     for b in range(len(raw.class_logits)):
         boxes, labels = target.boxes[b, target.valid[b]], target.labels[b, target.valid[b]]
-        matches = Matcher(config.matcher)(boxes[None], torch.ones(1, len(boxes), dtype=torch.bool), raw.anchors)
+        matches = SSDAssigner(config.matcher).match(
+            boxes[None], torch.ones(1, len(boxes), dtype=torch.bool), raw.anchors
+        )
         owner = {a: int(matches.objects[0, a]) for a in range(len(raw.anchors)) if matches.positive[0, a]}
         positives += len(owner)
         for a, m in owner.items():
-            code = BoxCoder().encode(boxes[m], raw.anchors[a])
-            for predicted, wanted in zip(raw.box_encodings[b, a], code, strict=True):
+            code = SSDBoxCoder().encode(boxes[m], raw.anchors[a])
+            for predicted, wanted in zip(raw.codes[b, a], code, strict=True):
                 error = abs(float(predicted - wanted))
                 box += (
                     0.5 * error**2 / config.smooth_l1_beta
@@ -67,18 +69,18 @@ def drawn(num_objects: int, columns: int, seed: int = 0) -> tuple[RawPredictions
 
 
 CONFIGS = [
-    (LossConfig(), True),
-    (LossConfig(negatives_per_positive=2.5, min_negatives=0, smooth_l1_beta=0.5), True),
-    (LossConfig(classification="focal"), False),
-    (LossConfig(classification="focal", focal_alpha=0.6, focal_gamma=1.5), True),
+    (SSDLossConfig(), True),
+    (SSDLossConfig(negatives_per_positive=2.5, min_negatives=0, smooth_l1_beta=0.5), True),
+    (SSDLossConfig(classification="focal"), False),
+    (SSDLossConfig(classification="focal", focal_alpha=0.6, focal_gamma=1.5), True),
 ]
 
 
 @pytest.mark.parametrize(("config", "background"), CONFIGS)
 @pytest.mark.parametrize("num_objects", [0, 1, 6])
-def test_batch_equals_the_slow_loop(config: LossConfig, background: bool, num_objects: int) -> None:
+def test_batch_equals_the_slow_loop(config: SSDLossConfig, background: bool, num_objects: int) -> None:
     raw, target = drawn(num_objects, 3 + background)
-    losses = DetectionLoss(config, BoxCoder(), background)(raw, target)
+    losses = SSDLoss(config, SSDBoxCoder(), background)(raw, target)
     expected = loss_slowly(config, raw, target, int(background))
     assert {name: losses[name].item() for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert losses["loss"].item() == pytest.approx(expected["loss_box"] + expected["loss_class"], rel=1e-4)
@@ -92,10 +94,10 @@ def test_by_hand() -> None:
     encodings[0, 0, 2] = 0.5
     raw = RawPredictions(encodings, torch.zeros(1, 6, 3), anchors)
     target = Target(anchors[None, :1], torch.tensor([[1]]), torch.tensor([[True]]))
-    losses = DetectionLoss(LossConfig(min_negatives=0), BoxCoder(), True)(raw, target)
+    losses = SSDLoss(SSDLossConfig(min_negatives=0), SSDBoxCoder(), True)(raw, target)
     assert losses["loss_class"].item() == pytest.approx(4 * math.log(3))
     assert losses["loss_box"].item() == pytest.approx(0.125)
-    weighted = DetectionLoss(LossConfig(min_negatives=0, box_weight=2.0, classification_weight=0.5), BoxCoder(), True)
+    weighted = SSDLoss(SSDLossConfig(min_negatives=0, box_weight=2.0, classification_weight=0.5), SSDBoxCoder(), True)
     assert weighted(raw, target)["loss"].item() == pytest.approx(0.25 + 2 * math.log(3))
 
 
@@ -104,19 +106,19 @@ def test_a_image_without_objects_teaches_background() -> None:
     logits = torch.zeros(1, 4, 2, requires_grad=True)
     raw = RawPredictions(torch.zeros(1, 4, 4), logits, anchors)
     target = Target(torch.zeros(1, 0, 4), torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0, dtype=torch.bool))
-    losses = DetectionLoss(LossConfig(), BoxCoder(), True)(raw, target)
+    losses = SSDLoss(SSDLossConfig(), SSDBoxCoder(), True)(raw, target)
     assert losses["loss_box"].item() == 0
     assert losses["loss_class"].item() == pytest.approx(3 * math.log(2))  # min_negatives
     losses["loss"].backward()
     assert logits.grad is not None
     assert (logits.grad[..., 0] < 0).sum() == 3  # towards background
-    silent = DetectionLoss(LossConfig(min_negatives=0), BoxCoder(), True)(raw, target)
+    silent = SSDLoss(SSDLossConfig(min_negatives=0), SSDBoxCoder(), True)(raw, target)
     assert silent["loss"].item() == 0
 
 
 def test_the_hardest_negatives_are_taken() -> None:
     # Negatives look like background to a falling degree: 5 > 3 > 1 > -1 > -3.
-    loss = DetectionLoss(LossConfig(min_negatives=2, negatives_per_positive=0), BoxCoder(), True)
+    loss = SSDLoss(SSDLossConfig(min_negatives=2, negatives_per_positive=0), SSDBoxCoder(), True)
     logits = torch.zeros(1, 5, 2)
     logits[0, :, 0] = torch.tensor([5.0, 3, 1, -1, -3])
     positive = torch.tensor([[False, False, False, False, True]])
@@ -125,9 +127,9 @@ def test_the_hardest_negatives_are_taken() -> None:
 
 def test_label_smoothing_is_torchs() -> None:
     raw, target = drawn(3, 4)
-    everything = LossConfig(min_negatives=1000, label_smoothing=0.1)
-    losses = DetectionLoss(everything, BoxCoder(), True)(raw, target)
-    matches = Matcher(MatcherConfig())(target.boxes, target.valid, raw.anchors)
+    everything = SSDLossConfig(min_negatives=1000, label_smoothing=0.1)
+    losses = SSDLoss(everything, SSDBoxCoder(), True)(raw, target)
+    matches = SSDAssigner(MatcherConfig()).match(target.boxes, target.valid, raw.anchors)
     columns = torch.where(matches.positive, target.labels.gather(1, matches.objects) + 1, 0)
     expected = F.cross_entropy(raw.class_logits.flatten(0, 1), columns.flatten(), reduction="sum", label_smoothing=0.1)
     assert losses["loss_class"].item() == pytest.approx(expected.item() / matches.positive.sum().item(), rel=1e-5)
@@ -135,40 +137,38 @@ def test_label_smoothing_is_torchs() -> None:
 
 def test_gradients_are_finite_for_wild_predictions_and_thin_boxes() -> None:
     raw, target = drawn(4, 4)
-    wild = RawPredictions(
-        (raw.box_encodings * 1e4).requires_grad_(), (raw.class_logits * 1e3).requires_grad_(), raw.anchors
-    )
+    wild = RawPredictions((raw.codes * 1e4).requires_grad_(), (raw.class_logits * 1e3).requires_grad_(), raw.anchors)
     boxes: Tensor = target.boxes.clone()
     boxes[..., 2] = boxes[..., 0]  # no width at all: a reader lets none of these through, the loss survives one
-    loss = DetectionLoss(LossConfig(), BoxCoder(), True)(wild, target._replace(boxes=boxes))["loss"]
+    loss = SSDLoss(SSDLossConfig(), SSDBoxCoder(), True)(wild, target._replace(boxes=boxes))["loss"]
     loss.backward()
     assert loss.isfinite()
-    assert wild.box_encodings.grad is not None
-    assert wild.box_encodings.grad.isfinite().all()
+    assert wild.codes.grad is not None
+    assert wild.codes.grad.isfinite().all()
 
 
 def test_half_precision_predictions_are_taken_in_float32() -> None:
     raw, target = drawn(4, 4)
-    half = RawPredictions(raw.box_encodings.bfloat16(), raw.class_logits.bfloat16(), raw.anchors)
-    losses = DetectionLoss(LossConfig(), BoxCoder(), True)(half, target)
+    half = RawPredictions(raw.codes.bfloat16(), raw.class_logits.bfloat16(), raw.anchors)
+    losses = SSDLoss(SSDLossConfig(), SSDBoxCoder(), True)(half, target)
     assert losses["loss"].dtype == torch.float32
-    expected = DetectionLoss(LossConfig(), BoxCoder(), True)(raw, target)
+    expected = SSDLoss(SSDLossConfig(), SSDBoxCoder(), True)(raw, target)
     assert losses["loss"].item() == pytest.approx(expected["loss"].item(), rel=0.02)
 
 
 @pytest.mark.parametrize(
     ("config", "background", "message"),
     [
-        (LossConfig(), False, "cross_entropy needs a background column"),
-        (LossConfig(negatives_per_positive=-1), True, "must not be negative"),
-        (LossConfig(label_smoothing=1.0), True, r"label_smoothing must be in \[0, 1\), got 1.0"),
-        (LossConfig(classification="focal", label_smoothing=0.1), True, "belongs to cross_entropy"),
-        (LossConfig(smooth_l1_beta=0), True, "smooth_l1_beta must be positive"),
+        (SSDLossConfig(), False, "cross_entropy needs a background column"),
+        (SSDLossConfig(negatives_per_positive=-1), True, "must not be negative"),
+        (SSDLossConfig(label_smoothing=1.0), True, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        (SSDLossConfig(classification="focal", label_smoothing=0.1), True, "belongs to cross_entropy"),
+        (SSDLossConfig(smooth_l1_beta=0), True, "smooth_l1_beta must be positive"),
     ],
 )
-def test_configs_that_make_no_sense(config: LossConfig, background: bool, message: str) -> None:
+def test_configs_that_make_no_sense(config: SSDLossConfig, background: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DetectionLoss(config, BoxCoder(), background)
+        SSDLoss(config, SSDBoxCoder(), background)
 
 
 def _loss_of_share(rank: int, world_size: int, file: str, results: "torch.multiprocessing.SimpleQueue[float]") -> None:
@@ -176,8 +176,8 @@ def _loss_of_share(rank: int, world_size: int, file: str, results: "torch.multip
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
     raw, target = drawn(6, 4)
     share = slice(rank, None, world_size)
-    part = RawPredictions(raw.box_encodings[share], raw.class_logits[share], raw.anchors)
-    loss = DetectionLoss(LossConfig(), BoxCoder(), True)(part, Target(*(field[share] for field in target)))["loss"]
+    part = RawPredictions(raw.codes[share], raw.class_logits[share], raw.anchors)
+    loss = SSDLoss(SSDLossConfig(), SSDBoxCoder(), True)(part, Target(*(field[share] for field in target)))["loss"]
     results.put(loss.item())
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -190,5 +190,5 @@ def test_two_processes_with_half_a_batch_average_to_the_whole(tmp_path: "object"
     results = context.SimpleQueue()
     torch.multiprocessing.spawn(_loss_of_share, args=(2, f"{tmp_path}/rendezvous", results), nprocs=2)
     raw, target = drawn(6, 4)
-    whole = DetectionLoss(LossConfig(), BoxCoder(), True)(raw, target)["loss"].item()
+    whole = SSDLoss(SSDLossConfig(), SSDBoxCoder(), True)(raw, target)["loss"].item()
     assert (results.get() + results.get()) / 2 == pytest.approx(whole, rel=1e-5)

@@ -6,11 +6,11 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from detection.boxes import cxcywh_to_xyxy
-from detection.matcher import Matcher, MatcherConfig
+from detection.training.assignment import MatcherConfig, SSDAssigner
 
 
 def match_slowly(boxes: Tensor, anchors: Tensor, threshold: float, rounds: int) -> dict[int, int]:
-    """One image: anchor -> object, written as the docstring of ``Matcher`` says it."""
+    """One image: anchor -> object, written as the docstring of ``SSDAssigner`` says it."""
     result: dict[int, int] = {}
     iou = box_iou(boxes, anchors)
     for a in range(len(anchors)):
@@ -34,10 +34,10 @@ def match_slowly(boxes: Tensor, anchors: Tensor, threshold: float, rounds: int) 
 
 def test_images_without_objects() -> None:
     anchors = torch.tensor([[0.0, 0, 10, 10]])
-    none = Matcher(MatcherConfig())(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool), anchors)
+    none = SSDAssigner(MatcherConfig()).match(torch.zeros(2, 0, 4), torch.zeros(2, 0, dtype=torch.bool), anchors)
     assert none.positive.shape == (2, 1)
     assert not none.positive.any()
-    padding = Matcher(MatcherConfig())(anchors.expand(2, 1, 4), torch.zeros(2, 1, dtype=torch.bool), anchors)
+    padding = SSDAssigner(MatcherConfig()).match(anchors.expand(2, 1, 4), torch.zeros(2, 1, dtype=torch.bool), anchors)
     assert not padding.positive.any()
 
 
@@ -45,11 +45,11 @@ def test_by_hand() -> None:
     # Anchors 10 x 10 in a row. Object 0 covers anchor 0 to 60 %. Object 1 covers anchor 2 with IoU 0.25 only: forced.
     anchors = torch.tensor([[0.0, 0, 10, 10], [10, 0, 20, 10], [20, 0, 30, 10]])
     boxes = torch.tensor([[[0.0, 0, 6, 10], [20, 0, 25, 5]]])
-    positive, objects = Matcher(MatcherConfig())(boxes, torch.ones(1, 2, dtype=torch.bool), anchors)
+    positive, objects = SSDAssigner(MatcherConfig()).match(boxes, torch.ones(1, 2, dtype=torch.bool), anchors)
     assert positive.tolist() == [[True, False, True]]
     assert objects[0, 0] == 0
     assert objects[0, 2] == 1
-    positive, _ = Matcher(MatcherConfig(forced_rounds=0))(boxes, torch.ones(1, 2, dtype=torch.bool), anchors)
+    positive, _ = SSDAssigner(MatcherConfig(forced_rounds=0)).match(boxes, torch.ones(1, 2, dtype=torch.bool), anchors)
     assert positive.tolist() == [[True, False, False]]
 
 
@@ -57,11 +57,11 @@ def test_two_objects_with_the_same_best_anchor_both_get_one() -> None:
     anchors = torch.tensor([[0.0, 0, 10, 10], [8, 0, 18, 10]])
     boxes = torch.tensor([[[0.0, 0, 8, 4], [2, 0, 10, 5]]])  # IoU with the first anchor 0.32 and 0.40
     valid = torch.ones(1, 2, dtype=torch.bool)
-    positive, objects = Matcher(MatcherConfig())(boxes, valid, anchors)
+    positive, objects = SSDAssigner(MatcherConfig()).match(boxes, valid, anchors)
     assert positive.tolist() == [[True, False]]  # object 0 does not touch the second anchor
     assert objects[0, 0] == 1
     boxes[0, 0, 2] = 9  # now it does
-    positive, objects = Matcher(MatcherConfig())(boxes, valid, anchors)
+    positive, objects = SSDAssigner(MatcherConfig()).match(boxes, valid, anchors)
     assert objects.tolist() == [[1, 0]]
     assert positive.all()
 
@@ -70,7 +70,7 @@ def test_a_forced_anchor_leaves_the_object_it_overlaps_more() -> None:
     # Both objects overlap the one anchor; the larger object reaches 0.81, the small one gets nothing better.
     anchors = torch.tensor([[0.0, 0, 10, 10]])
     boxes = torch.tensor([[[0.0, 0, 2, 2], [0, 0, 9, 9]]])
-    positive, objects = Matcher(MatcherConfig())(boxes, torch.ones(1, 2, dtype=torch.bool), anchors)
+    positive, objects = SSDAssigner(MatcherConfig()).match(boxes, torch.ones(1, 2, dtype=torch.bool), anchors)
     assert positive.tolist() == [[True]]
     assert objects.tolist() == [[1]]
 
@@ -81,7 +81,7 @@ def test_batch_equals_the_slow_loop(rounds: int) -> None:
     anchors = cxcywh_to_xyxy(torch.rand(60, 4) * torch.tensor([100.0, 100, 40, 40]) + 5)
     boxes = cxcywh_to_xyxy(torch.rand(8, 6, 4) * torch.tensor([100.0, 100, 30, 30]) + 2)
     valid = torch.rand(8, 6) < 0.6
-    positive, objects = Matcher(MatcherConfig(forced_rounds=rounds))(boxes, valid, anchors)
+    positive, objects = SSDAssigner(MatcherConfig(forced_rounds=rounds)).match(boxes, valid, anchors)
     for b in range(8):
         kept = valid[b].nonzero().flatten()
         expected = match_slowly(boxes[b, kept], anchors, 0.5, rounds)
@@ -98,4 +98,4 @@ def test_batch_equals_the_slow_loop(rounds: int) -> None:
 )
 def test_choices_that_make_no_sense(config: MatcherConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Matcher(config)
+        SSDAssigner(config)

@@ -13,7 +13,7 @@ from backbones.classifier import Classifier, ClassifierConfig
 from backbones.features import FeatureSpec
 from backbones.layers import ConvNormAct, make_divisible, tf_same_padding
 from backbones.mobilenetv2 import InvertedResidual, MobileNetV2, MobileNetV2Config
-from backbones.weights import load_classifier
+from backbones.weights.native import load_classifier
 
 PAPER_TAIL = ((6, 32, 1, 2), (6, 64, 1, 2), (6, 160, 1, 2))
 PAPER_PARTS = ["stem", *(f"stage{number}" for number in range(1, 8)), "last"]

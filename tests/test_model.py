@@ -7,10 +7,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones.mobilenetv2 import MobileNetV2Config
-from detection.anchors import AnchorConfig
-from detection.losses import LossConfig
-from detection.matcher import MatcherConfig
-from detection.model import Detector, DetectorConfig, TrainingStep
+from detection.models.anchors import AnchorConfig
+from detection.models.ssdlite import SSDLite, SSDLiteConfig
+from detection.training.assignment import MatcherConfig
+from detection.training.losses import TrainingStep
+from detection.training.ssd_loss import SSDLossConfig
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -36,8 +37,8 @@ def count_multiply_adds(model: torch.nn.Module, size: tuple[int, int]) -> int:
 def test_published_counts(
     size: int, columns: int, reduce: bool, features: tuple[str, ...], millions: float, giga: float, anchors: int
 ) -> None:
-    config = DetectorConfig(input_size=(size, size), features=features, anchors=AnchorConfig(reduce_first_map=reduce))
-    model = Detector(config, columns - 1)
+    config = SSDLiteConfig(input_size=(size, size), features=features, anchors=AnchorConfig(reduce_first_map=reduce))
+    model = SSDLite(config, columns - 1)
     assert count_parameters(model) / 1e6 == pytest.approx(millions, abs=5e-4)
     assert count_multiply_adds(model, (size, size)) / 1e9 == pytest.approx(giga, abs=5e-4)
     assert model.anchors.shape == (anchors, 4)
@@ -47,16 +48,16 @@ def test_published_counts(
 @pytest.mark.parametrize("padding", ["symmetric", "tf_same"])
 def test_any_input_size_and_class_count(size: tuple[int, int], padding: str) -> None:
     backbone = MobileNetV2Config(width=0.35, padding=padding)  # type: ignore[arg-type]
-    model = Detector(DetectorConfig(backbone=backbone, input_size=size), 1).eval()
+    model = SSDLite(SSDLiteConfig(backbone=backbone, input_size=size), 1).eval()
     with torch.inference_mode():
         raw = model(torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8))
-    assert raw.box_encodings.shape == (2, len(model.anchors), 4)
+    assert raw.codes.shape == (2, len(model.anchors), 4)
     assert raw.class_logits.shape == (2, len(model.anchors), 2)
 
 
 def test_predictions_are_in_the_order_of_the_anchors() -> None:
     # One cell of one map is disturbed; only the anchors of that cell may notice.
-    model = Detector(DetectorConfig(backbone=MobileNetV2Config(width=0.35)), 3).eval()
+    model = SSDLite(SSDLiteConfig(backbone=MobileNetV2Config(width=0.35)), 3).eval()
     maps = [torch.zeros(1, s.channels, 20, 20) for s in [model.backbone.feature_specs["stride16_expansion"]]]
     specs = [model.backbone.feature_specs["last"], *model.extras.feature_specs]
     maps += [torch.zeros(1, s.channels, n, n) for s, n in zip(specs, (10, 5, 3, 2, 1), strict=True)]
@@ -75,7 +76,7 @@ def test_predictions_are_in_the_order_of_the_anchors() -> None:
 
 def test_uint8_and_float_images_are_the_same() -> None:
     torch.manual_seed(0)
-    model = Detector(DetectorConfig(backbone=MobileNetV2Config(width=0.35), input_size=(96, 96)), 2).eval()
+    model = SSDLite(SSDLiteConfig(backbone=MobileNetV2Config(width=0.35), input_size=(96, 96)), 2).eval()
     images = torch.randint(0, 256, (1, 3, 96, 96), dtype=torch.uint8)
     with torch.inference_mode():
         torch.testing.assert_close(model(images), model(images.float()))
@@ -84,32 +85,32 @@ def test_uint8_and_float_images_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("config", "num_classes", "message"),
     [
-        (DetectorConfig(input_size=(64, 320)), 2, r"each at least 96 pixels; got \(64, 320\)"),
-        (DetectorConfig(), 0, "at least one class, got num_classes=0"),
-        (DetectorConfig(features=("stage9",)), 2, "'stage9'; there are: stem"),
-        (DetectorConfig(background_column=False), 2, "softmax needs model.background_column"),
-        (DetectorConfig(std=(1.0, 0.0, 1.0)), 2, "model.std must be positive"),
-        (DetectorConfig(features=()), 2, "names no map"),
+        (SSDLiteConfig(input_size=(64, 320)), 2, r"each at least 96 pixels; got \(64, 320\)"),
+        (SSDLiteConfig(), 0, "at least one class, got num_classes=0"),
+        (SSDLiteConfig(features=("stage9",)), 2, "'stage9'; there are: stem"),
+        (SSDLiteConfig(background_column=False), 2, "softmax needs model.background_column"),
+        (SSDLiteConfig(std=(1.0, 0.0, 1.0)), 2, "model.normalise.std must be positive"),
+        (SSDLiteConfig(features=()), 2, "names no map"),
     ],
 )
-def test_configs_that_make_no_sense(config: DetectorConfig, num_classes: int, message: str) -> None:
+def test_configs_that_make_no_sense(config: SSDLiteConfig, num_classes: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Detector(config, num_classes)
+        SSDLite(config, num_classes)
 
 
 def test_a_image_of_another_size_is_refused() -> None:
-    model = Detector(DetectorConfig(backbone=MobileNetV2Config(width=0.35), input_size=(96, 128)), 2)
+    model = SSDLite(SSDLiteConfig(backbone=MobileNetV2Config(width=0.35), input_size=(96, 128)), 2)
     with pytest.raises(ValueError, match=r"built for inputs of \(96, 128\).*got \(128, 96\)"):
         model(torch.zeros(1, 3, 128, 96))
 
 
 def test_loss_and_score_must_fit() -> None:
     small = MobileNetV2Config(width=0.35)
-    softmax, sigmoid = (Detector(DetectorConfig(backbone=small, score=score), 2) for score in ("softmax", "sigmoid"))
+    softmax, sigmoid = (SSDLite(SSDLiteConfig(backbone=small, score=score), 2) for score in ("softmax", "sigmoid"))
     with pytest.raises(ValueError, match=r"focal trains sigmoid scores, model\.score is softmax"):
-        softmax.loss(LossConfig(classification="focal"))
+        SSDLossConfig(classification="focal").build(softmax)
     with pytest.raises(ValueError, match=r"cross_entropy trains softmax scores, model\.score is sigmoid"):
-        sigmoid.loss(LossConfig())
+        SSDLossConfig().build(sigmoid)
 
 
 def training_batch(batch_size: int, num_objects: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -124,8 +125,8 @@ def training_batch(batch_size: int, num_objects: int, device: str = "cpu") -> tu
 def small_step(classification: str = "cross_entropy", freeze: bool = False) -> TrainingStep:
     score = "softmax" if classification == "cross_entropy" else "sigmoid"
     backbone = MobileNetV2Config(width=0.35, frozen_stages=2 * freeze, freeze_norm=freeze)
-    model = Detector(DetectorConfig(backbone=backbone, input_size=(128, 128), score=score), 3)  # type: ignore[arg-type]
-    return TrainingStep(model, model.loss(LossConfig(classification=classification, matcher=MatcherConfig())))  # type: ignore[arg-type]
+    model = SSDLite(SSDLiteConfig(backbone=backbone, input_size=(128, 128), score=score), 3)  # type: ignore[arg-type]
+    return TrainingStep(model, SSDLossConfig(classification=classification, matcher=MatcherConfig()).build(model))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("classification", ["cross_entropy", "focal"])

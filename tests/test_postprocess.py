@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from detection.box_coder import BoxCoder
+from detection.models.box_coders import SSDBoxCoder
 from detection.postprocess import Postprocess, PostprocessConfig, to_image
 from detection.structures import RawPredictions
 
@@ -20,7 +20,7 @@ def softmax_logits(*scores: tuple[float, float]) -> Tensor:
 
 def run(config: PostprocessConfig, logits: Tensor, anchors: Tensor = ANCHORS) -> list[tuple[list[float], float, int]]:
     raw = RawPredictions(torch.zeros(1, len(anchors), 4), logits, anchors)
-    (found,) = Postprocess(config, BoxCoder(), "softmax", True, ("cat", "dog"))(raw, WHOLE, SIZE)
+    (found,) = Postprocess(config, SSDBoxCoder(), "softmax", True, ("cat", "dog"))(raw, WHOLE, SIZE)
     assert found.class_names == ("cat", "dog")
     return [
         (b.tolist(), round(s.item(), 4), int(i))
@@ -52,10 +52,10 @@ def test_sigmoid_scores_with_and_without_a_background_column() -> None:
     logits = torch.tensor([[[9.0, 0.0, -9.0]]])  # columns: background?, cat, dog
     raw = RawPredictions(torch.zeros(1, 1, 4), logits, ANCHORS[:1])
     config = PostprocessConfig(score_threshold=0.01)
-    (found,) = Postprocess(config, BoxCoder(), "sigmoid", True)(raw, WHOLE, SIZE)
+    (found,) = Postprocess(config, SSDBoxCoder(), "sigmoid", True)(raw, WHOLE, SIZE)
     assert found.scores.tolist() == [0.5]
     assert found.labels.tolist() == [0]
-    (found,) = Postprocess(config, BoxCoder(), "sigmoid", False)(raw, WHOLE, SIZE)
+    (found,) = Postprocess(config, SSDBoxCoder(), "sigmoid", False)(raw, WHOLE, SIZE)
     assert found.labels.tolist() == [0, 1]
     assert found.scores.tolist() == pytest.approx([0.99988, 0.5], abs=1e-5)
 
@@ -67,7 +67,7 @@ def test_boxes_come_back_to_the_image_by_hand() -> None:
     placements = torch.tensor([[1.6, 1.6, 0.0, 80.0]])
     assert to_image(anchors, placements[0]).tolist() == [[50, 0, 100, 100], [-10, -50, 250, 200]]
     raw = RawPredictions(torch.zeros(1, 2, 4), softmax_logits((0.8, 0.05), (0.7, 0.05)), anchors)
-    (found,) = Postprocess(PostprocessConfig(score_threshold=0.1), BoxCoder(), "softmax", True)(
+    (found,) = Postprocess(PostprocessConfig(score_threshold=0.1), SSDBoxCoder(), "softmax", True)(
         raw, placements, torch.tensor([[100, 200]])
     )
     assert found.boxes.tolist() == [[50, 0, 100, 100], [0, 0, 200, 100]]
@@ -90,10 +90,10 @@ def test_a_box_outside_of_its_image_is_dropped() -> None:
 def test_images_of_a_batch_do_not_meet() -> None:
     torch.manual_seed(0)
     raw = RawPredictions(torch.randn(3, 3, 4), torch.randn(3, 3, 3), ANCHORS)
-    post = Postprocess(PostprocessConfig(), BoxCoder(), "softmax", True)
+    post = Postprocess(PostprocessConfig(), SSDBoxCoder(), "softmax", True)
     together = post(raw, WHOLE.expand(3, 4), SIZE.expand(3, 2))
     for b in range(3):
-        (alone,) = post(RawPredictions(raw.box_encodings[b : b + 1], raw.class_logits[b : b + 1], ANCHORS), WHOLE, SIZE)
+        (alone,) = post(RawPredictions(raw.codes[b : b + 1], raw.class_logits[b : b + 1], ANCHORS), WHOLE, SIZE)
         torch.testing.assert_close(together[b].boxes, alone.boxes)
         assert together[b].labels.tolist() == alone.labels.tolist()
 
@@ -108,7 +108,7 @@ def test_images_of_a_batch_do_not_meet() -> None:
 )
 def test_configs_that_make_no_sense(config: PostprocessConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Postprocess(config, BoxCoder(), "softmax", True)
+        Postprocess(config, SSDBoxCoder(), "softmax", True)
 
 
 def test_suppression_looks_further_where_the_best_are_all_the_same_object() -> None:
@@ -125,7 +125,7 @@ def test_images_of_a_batch_with_different_numbers_of_candidates_do_not_meet() ->
         softmax_logits((0.1, 0.1), (0.1, 0.1), (0.7, 0.1)),
     )
     raw = RawPredictions(torch.zeros(3, 3, 4), torch.cat((quiet, torch.full((1, 3, 3), 9.0), busy)), ANCHORS)
-    found = Postprocess(PostprocessConfig(score_threshold=0.5), BoxCoder(), "softmax", True)(
+    found = Postprocess(PostprocessConfig(score_threshold=0.5), SSDBoxCoder(), "softmax", True)(
         raw, WHOLE.expand(3, 4), SIZE.expand(3, 2)
     )
     assert [[round(score, 4) for score in one.scores.tolist()] for one in found] == [[0.7], [], [0.9, 0.8]]

@@ -15,11 +15,11 @@ from shared_data import SHARED, needs_shared
 from torch import Tensor
 
 from backbones.features import FeatureSpec
-from detection.anchors import AnchorConfig, AnchorGenerator
-from detection.box_coder import BoxCoder
 from detection.boxes import paired_iou
 from detection.data.coco import CocoIndex
-from detection.evaluation import CocoEvaluator
+from detection.evaluation.coco_ap import CocoEvaluator
+from detection.models.anchors import AnchorConfig, AnchorGenerator
+from detection.models.box_coders import SSDBoxCoder
 from detection.postprocess import Postprocess, PostprocessConfig
 from detection.structures import Detections, RawPredictions
 
@@ -50,9 +50,9 @@ def exhaustive(
     """The reference, for images stretched to the input of side ``raw``'s anchors; COCO looks at 100 a class at most."""
     side = 2 * float(raw.anchors.mean())  # anchors lie symmetrically about the centre of the input
     found = []
-    for encodings, of_image, size in zip(raw.box_encodings, scores, sizes, strict=True):
+    for encodings, of_image, size in zip(raw.codes, scores, sizes, strict=True):
         scale = size.flip(-1).repeat(2).double().numpy() / side
-        all_boxes = BoxCoder().decode(encodings, raw.anchors).double().numpy() * scale
+        all_boxes = SSDBoxCoder().decode(encodings, raw.anchors).double().numpy() * scale
         clipped = np.clip(all_boxes, 0, size.flip(-1).repeat(2).numpy())
         rows = []
         for label, of_class in enumerate(of_image.T.double().numpy()):
@@ -99,7 +99,7 @@ def draw(folder: Path, num_images: int, num_classes: int, side: int) -> tuple[Co
         logit = 1.2 * torch.randn(len(anchors), num_classes + 1)
         logit[:, 0] += 9
         logit[torch.arange(len(anchors)), labels[nearest] + 1] += 14 * overlap
-        close = BoxCoder().encode(boxes[nearest], anchors) + 0.7 * torch.randn(len(anchors), 4)
+        close = SSDBoxCoder().encode(boxes[nearest], anchors) + 0.7 * torch.randn(len(anchors), 4)
         encodings.append(torch.where(overlap[:, None] > 0.3, close, torch.randn(len(anchors), 4)))
         logits.append(logit)
     path = folder / "drawn.json"
@@ -117,7 +117,7 @@ def test_average_precision_of_drawn_predictions(tmp_path: Path) -> None:
     ids = index.image_ids.tolist()
 
     def one_pass(config: PostprocessConfig) -> list[Detections]:
-        return Postprocess(config, BoxCoder(), "softmax", True)(raw, whole(sizes, 320), sizes)
+        return Postprocess(config, SSDBoxCoder(), "softmax", True)(raw, whole(sizes, 320), sizes)
 
     config = PostprocessConfig()
     scores = raw.class_logits.softmax(-1)[..., 1:]
@@ -133,7 +133,7 @@ def test_average_precision_of_drawn_predictions(tmp_path: Path) -> None:
 def test_same_detections_where_nothing_is_cut_off(tmp_path: Path) -> None:
     _, raw, sizes = draw(tmp_path, num_images=3, num_classes=4, side=96)
     config = PostprocessConfig(candidates=10_000, max_detections=10_000)
-    found = Postprocess(config, BoxCoder(), "softmax", True)(raw, whole(sizes, 96), sizes)
+    found = Postprocess(config, SSDBoxCoder(), "softmax", True)(raw, whole(sizes, 96), sizes)
     wanted = exhaustive(raw, raw.class_logits.softmax(-1)[..., 1:], sizes, config, limit=10_000)
     for ours, theirs in zip(found, wanted, strict=True):
         assert len(ours) == len(theirs) > 20
@@ -150,7 +150,7 @@ def test_real_predictions() -> None:
     raw = RawPredictions(encodings, torch.from_numpy(stored["raw_class_logits"]), make_anchors(300))
     sizes = torch.full((4, 2), 300)
     config = PostprocessConfig(nms_threshold=0.6, max_detections=100)
-    found = Postprocess(config, BoxCoder(), "sigmoid", True)(raw, whole(sizes, 300), sizes)
+    found = Postprocess(config, SSDBoxCoder(), "sigmoid", True)(raw, whole(sizes, 300), sizes)
     wanted = exhaustive(raw, raw.class_logits[..., 1:].sigmoid(), sizes, config)
     tensorflow = zip(stored["detection_boxes"][..., [1, 0, 3, 2]] * 300, stored["detection_scores"], strict=True)
     for ours, reference, (boxes, scores) in zip(found, wanted, tensorflow, strict=True):

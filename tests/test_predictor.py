@@ -9,27 +9,29 @@ import torch
 
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config
-from backbones.weights import WeightsInfo, save_weights
+from backbones.weights.native import WeightsInfo, save_weights
 from detection import load_detector
-from detection.anchors import AnchorConfig
 from detection.engine.checkpoint import save_checkpoint
-from detection.model import Detector, DetectorConfig
-from detection.plain import to_plain
+from detection.engine.plain import to_plain
+from detection.inference.predictor import Predictor, fold_norms, read_image
+from detection.models.anchors import AnchorConfig
+from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig
-from detection.predictor import Predictor, fold_norms, read_image
-from detection.weights import DetectorInfo, holds_detector, read_detector, save_detector, start_from
+from detection.weights.info import DetectorInfo
+from detection.weights.native import holds_detector, read_detector, save_detector
+from detection.weights.start import start_from
 
 SMALL = MobileNetV2Config(width=0.35)
 NAMES = ("cat", "dog")
 
 
-def small_config(**changes: object) -> DetectorConfig:
-    return DetectorConfig(backbone=SMALL, input_size=(96, 128), **changes)  # type: ignore[arg-type]
+def small_config(**changes: object) -> SSDLiteConfig:
+    return SSDLiteConfig(backbone=SMALL, input_size=(96, 128), **changes)  # type: ignore[arg-type]
 
 
-def small_detector(names: tuple[str, ...] = NAMES, seed: int = 0, **changes: object) -> tuple[Detector, DetectorInfo]:
+def small_detector(names: tuple[str, ...] = NAMES, seed: int = 0, **changes: object) -> tuple[SSDLite, DetectorInfo]:
     torch.manual_seed(seed)
-    model = Detector(small_config(**changes), len(names)).eval()
+    model = SSDLite(small_config(**changes), len(names)).eval()
     for module in model.modules():  # statistics as after a training, so that folding has something to do
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
@@ -82,7 +84,7 @@ def test_folding_changes_nothing_but_the_layers() -> None:
         after = fold_norms(model)(images)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
     torch.testing.assert_close(after.class_logits, before.class_logits, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(after.box_encodings, before.box_encodings, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(after.codes, before.codes, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "checkpoint"])
@@ -133,9 +135,9 @@ def test_start_from_a_classifier_takes_backbone_and_normalisation(tmp_path: Path
     model.config.mean = model.config.std = None
     assert "heads are new" in start_from(model, tmp_path / "c.safetensors", NAMES)
     assert torch.equal(model.backbone.stem.conv.weight, classifier.backbone.stem.conv.weight)
-    assert model.mean.flatten().tolist() == pytest.approx([127.5] * 3)
+    assert model.normalise.mean.flatten().tolist() == pytest.approx([127.5] * 3)
     assert model.config.std == half
-    assert model.fill == (128, 128, 128)
+    assert model.config.fill == (128, 128, 128)
 
 
 def test_a_detector_of_another_build_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config
-from backbones.pretrain import (
+from detection.classification.data import (
     Accuracy,
     ClassificationBatch,
     ClassificationDataset,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from detection.engine import progress
-from detection.engine.progress import Meter, Reading, RunLog, describe, with_wait
+from detection.engine import log as progress
+from detection.engine.log import Meter, Reading, RunLog, describe, with_wait
 from detection.engine.runtime import Runtime
 
 CPU = Runtime(device=torch.device("cpu"))

@@ -16,14 +16,14 @@ import pytest
 import torch
 from test_tensorflow_weights import tensorflow_detector, write_graph
 
-import detection.published as module
+import detection.weights.hub as module
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config
-from backbones.weights import read_metadata, to_timm
+from backbones.weights.native import read_metadata, to_timm
 from detection import load_detector
-from detection.published import Published, cache_dir, fetch, fetch_converted, locate, published
-from detection.weights import read_detector
-from tools.convert_weights import main as convert_weights
+from detection.cli.convert_weights import main as convert_weights
+from detection.weights.hub import Published, cache_dir, fetch, fetch_converted, locate, published
+from detection.weights.native import read_detector
 
 
 class Server(http.server.SimpleHTTPRequestHandler):
@@ -85,7 +85,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, name: str, url: str, sha256: str, k
         kind=kind, url=url, sha256=sha256, sha256_from="a test", licence="CC0-1.0", figure="", input="", classes=""
     )
     monkeypatch.setattr(module, "published", lambda: {name: entry})
-    monkeypatch.setattr("tools.convert_weights.published", lambda: {name: entry})
+    monkeypatch.setattr("detection.cli.convert_weights.published", lambda: {name: entry})
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +156,14 @@ def test_one_line_from_a_name_to_a_detector(
     ]
     # The next time nothing is asked of the network.
     number = len(Server.asked)
-    read_detector(Path("coco_in_a_test"))
+    read_detector(locate("coco_in_a_test"))
     assert locate("coco_in_a_test") == own_cache / "coco_in_a_test.v2.safetensors"
     assert len(Server.asked) == number
 
     monkeypatch.chdir(tmp_path)
     import cv2
 
-    from tools.demo_video import main as demo_video
+    from detection.cli.video import main as demo_video
 
     cv2.imwrite("image.png", np.zeros((64, 64, 3), np.uint8))
     demo_video(["coco_in_a_test", "--source", "image.png", "--json", "out.jsonl", "--device", "cpu"])

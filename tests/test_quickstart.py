@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from detection.cli import eval as eval_det
+from detection.cli import quickstart, train_cls
+from detection.cli import train as train_det
+from detection.cli import video as demo_video
+from detection.inference.video import FrameReader
 from detection.structures import Detections
-from detection.video import FrameReader
-from tools import demo_video, eval_det, quickstart, train_cls, train_det
 
-TOOLS = Path(quickstart.__file__).parent
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
 SMALL = ["--num-train", "4", "--num-val", "3", "--num-crops", "2", "--num-frames", "5", "--image-side", "64"]
 
 
@@ -51,8 +54,8 @@ def test_whole_road(tmp_path: Path, calls: dict[str, list[str]], capsys: pytest.
     result = quickstart.main(["--run-dir", str(run_dir), *SMALL])
 
     assert Path(after(calls["train_cls"], "--data.train")) == run_dir / "data" / "classification" / "train"
-    assert calls["train_cls"][0].endswith("configs/quickstart.py:classifier")
-    assert calls["train_det"][0].endswith("configs/quickstart.py:detector")
+    assert calls["train_cls"][0] == "quickstart:classifier"
+    assert calls["train_det"][0] == "quickstart:detector"
     # the detector starts from the file that train_cls writes, and is measured on images it did not train on
     assert after(calls["train_det"], "--weights") == str(run_dir / "classifier" / "backbone.safetensors")
     assert after(calls["eval_det"], "--annotations") == str(run_dir / "data" / "detection" / "val.json")

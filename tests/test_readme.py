@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from detection.config import load_config
+from detection.cli.recipes import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

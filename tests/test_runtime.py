@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from backbones.errors import UserError
 from detection.engine.runtime import Runtime, choose_device, main_errors, open_runtime, seed_everything
 
 
@@ -95,7 +96,7 @@ def test_main_without_an_error(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (ValueError("lr must be above 0"), "error: lr must be above 0\n"),
+        (UserError("lr must be above 0"), "error: lr must be above 0\n"),
         (FileNotFoundError("a.json is not there"), "error: a.json is not there\n"),
         (FloatingPointError("the loss is no longer finite"), "error: the loss is no longer finite\n"),
     ],

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from detection.data import synthetic
-from detection.data.synthetic import (
+from detection.data.drawn import synthetic
+from detection.data.drawn.synthetic import (
     CLASS_NAMES,
     draw_classification_set,
     draw_crop,

@@ -14,21 +14,24 @@ from torch import Tensor, nn
 
 from backbones.layers import ConvNormAct
 from backbones.mobilenetv2 import MobileNetV2Config
-from backbones.weights import WeightsInfo, save_weights
+from backbones.weights.native import WeightsInfo, save_weights
 from configs.finetune import detector as detector_recipe
-from detection.anchors import AnchorConfig, AnchorGenerator
-from detection.coco_classes import COCO_CLASSES
-from detection.conversion import convert
-from detection.data.synthetic import DetectionSet, draw_detection_set
+from detection.cli.convert_weights import main as convert_weights
+from detection.cli.eval import main as eval_det
+from detection.data.drawn.synthetic import DetectionSet, draw_detection_set
 from detection.engine.runtime import Runtime
-from detection.mmdetection import mmdetection_keys, read_mmdetection
-from detection.model import Detector, DetectorConfig
-from detection.preprocess import place, resize_as_tensorflow
-from detection.tensorflow import is_frozen_graph, read_frozen_graph, tensor_value
-from detection.training import DetectionTask
-from detection.weights import DetectorInfo, adopt_network, read_detector, start_from
-from tools.convert_weights import main as convert_weights
-from tools.eval_det import main as eval_det
+from detection.images.place import place, resize_as_tensorflow
+from detection.models.anchors import AnchorConfig, AnchorGenerator
+from detection.models.ssdlite import SSDLite, SSDLiteConfig
+from detection.postprocess import build_postprocess
+from detection.training.task import DetectionTask
+from detection.weights.coco_classes import COCO_CLASSES
+from detection.weights.info import DetectorInfo
+from detection.weights.mmdetection import mmdetection_keys, read_mmdetection
+from detection.weights.native import read_detector
+from detection.weights.recognition import convert
+from detection.weights.start import adopt_network, start_from
+from detection.weights.tensorflow import is_frozen_graph, read_frozen_graph, tensor_value
 
 PERSON_GRAPH = SHARED / "weights" / "ssdlite_mobilenet_v2_person_frozen_graph.pb"
 SCOPE = "FeatureExtractor/MobilenetV2"
@@ -47,20 +50,20 @@ def randomise(network: nn.Module) -> None:
     network.eval()
 
 
-def predictions(model: Detector) -> tuple[Tensor, Tensor]:
+def predictions(model: SSDLite) -> tuple[Tensor, Tensor]:
     torch.manual_seed(5)
     images = torch.randint(0, 256, (1, 3, *model.config.input_size), dtype=torch.uint8)
     with torch.no_grad():
         raw = model(images)
-    return raw.box_encodings, raw.class_logits
+    return raw.codes, raw.class_logits
 
 
 # ------------------------------------------------------------------------------------------- a graph as TensorFlow has it
 
 
-def tensorflow_detector(num_classes: int, score: str = "sigmoid", width: float = 0.35) -> Detector:
-    model = Detector(
-        DetectorConfig(
+def tensorflow_detector(num_classes: int, score: str = "sigmoid", width: float = 0.35) -> SSDLite:
+    model = SSDLite(
+        SSDLiteConfig(
             backbone=MobileNetV2Config(width=width, padding="tf_same", norm_eps=1e-3),
             input_size=(300, 300),
             anchors=AnchorConfig(ratios=(1.0, 2.0, 0.5, 3.0, 0.3333)),
@@ -74,7 +77,7 @@ def tensorflow_detector(num_classes: int, score: str = "sigmoid", width: float =
     return model
 
 
-def write_graph(model: Detector, path: Path, *, eps: float = 1e-3, tap: str = "expanded_conv_13/expand") -> None:
+def write_graph(model: SSDLite, path: Path, *, eps: float = 1e-3, tap: str = "expanded_conv_13/expand") -> None:
     """A detector under the names and in the order of axes of a frozen graph of the Object Detection API."""
     graph = GraphDef()
 
@@ -132,14 +135,14 @@ def write_graph(model: Detector, path: Path, *, eps: float = 1e-3, tap: str = "e
 
 
 @pytest.fixture(scope="module")
-def coco_graph(tmp_path_factory: pytest.TempPathFactory) -> tuple[Detector, Path]:
+def coco_graph(tmp_path_factory: pytest.TempPathFactory) -> tuple[SSDLite, Path]:
     model = tensorflow_detector(90)
     path = tmp_path_factory.mktemp("graph") / "frozen_inference_graph.pb"
     write_graph(model, path)
     return model, path
 
 
-def test_a_graph_of_90_classes_is_a_coco_detector(coco_graph: tuple[Detector, Path]) -> None:
+def test_a_graph_of_90_classes_is_a_coco_detector(coco_graph: tuple[SSDLite, Path]) -> None:
     theirs, path = coco_graph
     assert is_frozen_graph(path)
     ours, info, remarks = read_frozen_graph(path)
@@ -147,7 +150,11 @@ def test_a_graph_of_90_classes_is_a_coco_detector(coco_graph: tuple[Detector, Pa
     assert info.class_names == tuple(COCO_CLASSES.values())
     assert info.category_ids == tuple(COCO_CLASSES)
     assert (info.class_names[0], info.class_names[-1], len(info.class_names)) == ("person", "toothbrush", 80)
-    assert (info.model.input_size, info.model.resize, info.model.mean) == ((300, 300), "stretch_tensorflow", (0.5,) * 3)
+    assert (info.model.input_size, info.model.resize, info.model.mean) == (
+        (300, 300),
+        "stretch_tensorflow",
+        (0.5,) * 3,
+    )
     assert info.model.features == ("stride16_expansion", "last")
     assert (info.model.backbone.padding, info.model.backbone.norm_eps, info.model.norm_eps) == ("tf_same", 1e-3, 1e-3)
     assert (info.model.score, info.model.background_column) == ("sigmoid", True)
@@ -184,7 +191,7 @@ def change(path: Path, out: Path, *, drop: str) -> Path:
 
 
 def test_what_does_not_fit_is_named(
-    coco_graph: tuple[Detector, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    coco_graph: tuple[SSDLite, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, path = coco_graph
     graph = GraphDef.FromString(path.read_bytes())
@@ -227,7 +234,7 @@ def test_what_does_not_fit_is_named(
         (f"{SCOPE}/expanded_conv_16/project/BatchNorm/beta", r"the constant .*expanded_conv_16.* is missing"),
     ],
 )
-def test_other_graphs_are_refused(coco_graph: tuple[Detector, Path], tmp_path: Path, drop: str, message: str) -> None:
+def test_other_graphs_are_refused(coco_graph: tuple[SSDLite, Path], tmp_path: Path, drop: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_frozen_graph(change(coco_graph[1], tmp_path / "odd.pb", drop=drop))
 
@@ -278,10 +285,12 @@ def test_the_person_detector_computes_what_tensorflow_computes() -> None:
     with torch.inference_mode():
         raw = model(images)
     assert logits.abs().max() > 28
-    torch.testing.assert_close(raw.box_encodings, boxes, rtol=0, atol=2e-3)
+    torch.testing.assert_close(raw.codes, boxes, rtol=0, atol=2e-3)
     torch.testing.assert_close(raw.class_logits, logits, rtol=0, atol=2e-3)
     sizes = torch.tensor([[300, 300]] * len(images))
-    found = model.postprocess(info.postprocess)(raw, torch.tensor([[1.0, 1.0, 0.0, 0.0]] * len(images)), sizes)
+    found = build_postprocess(info.model, info.postprocess)(
+        raw, torch.tensor([[1.0, 1.0, 0.0, 0.0]] * len(images)), sizes
+    )
     for index, detections in enumerate(found):
         scores = torch.from_numpy(expected["detection_scores"][index])
         sure = scores >= 0.3
@@ -293,12 +302,12 @@ def test_the_person_detector_computes_what_tensorflow_computes() -> None:
 
     # The same numbers with the padding of torch are another network: why padding belongs to the weights.
     symmetric = replace(info.model, backbone=replace(info.model.backbone, padding="symmetric"))
-    collapsed = Detector(symmetric, 1).eval()
+    collapsed = SSDLite(symmetric, 1).eval()
     collapsed.load_state_dict(model.state_dict())
     with torch.inference_mode():
         raw = collapsed(images)
     assert (raw.class_logits - logits).abs().max() > 5
-    assert (raw.box_encodings - boxes).abs().max() > 5
+    assert (raw.codes - boxes).abs().max() > 5
 
 
 @pytest.mark.slow
@@ -343,7 +352,7 @@ def task(drawn: DetectionSet, weights: Path, part: str = "all") -> DetectionTask
 
 
 @pytest.fixture(scope="module")
-def converted_file(coco_graph: tuple[Detector, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def converted_file(coco_graph: tuple[SSDLite, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("converted") / "coco.safetensors"
     convert(coco_graph[1]).save(path)
     return path
@@ -399,16 +408,16 @@ def test_a_backbones_file_sets_the_backbone(drawn: DetectionSet, converted_file:
 
 
 def test_what_was_asked_for_is_not_touched(converted_file: Path) -> None:
-    asked = DetectorConfig(mean=(0.1, 0.2, 0.3))
+    asked = SSDLiteConfig(mean=(0.1, 0.2, 0.3))
     adopted, remark = adopt_network(asked, converted_file)
-    assert asked == DetectorConfig(mean=(0.1, 0.2, 0.3))
+    assert asked == SSDLiteConfig(mean=(0.1, 0.2, 0.3))
     assert adopted.mean == (0.1, 0.2, 0.3), "said by the user"
     assert "score sigmoid" in remark
     assert "mean" not in remark
     again, remark = adopt_network(adopted, converted_file)
     assert (again, remark) == (adopted, "")
     with pytest.raises(ValueError, match=r"made with another network[\s\S]*backbone.padding: the weights have tf_same"):
-        start_from(Detector(DetectorConfig(), 2), converted_file, ("a", "b"), "backbone")
+        start_from(SSDLite(SSDLiteConfig(), 2), converted_file, ("a", "b"), "backbone")
 
 
 # ----------------------------------------------------------------------------------------------------------- mmdetection
@@ -467,7 +476,7 @@ def test_mmdetection_file_becomes_a_detector(mmdetections: tuple[dict[str, Tenso
     converted = convert(path)
     assert converted.layout == "mmdetection SSDLite checkpoint"
     model, info = converted.model, converted.info
-    assert isinstance(model, Detector)
+    assert isinstance(model, SSDLite)
     assert isinstance(info, DetectorInfo)
     assert info.class_names == tuple(COCO_CLASSES.values())
     assert set(mmdetection_keys(model).values()) == set(state)
@@ -508,8 +517,8 @@ def test_anchors_of_mmdetection(mmdetections: tuple[dict[str, Tensor], Path]) ->
 
 
 def test_centre_steps_need_one_a_map() -> None:
-    config = DetectorConfig()
-    specs = [Detector(config, 1).backbone.feature_specs["last"]]
+    config = SSDLiteConfig()
+    specs = [SSDLite(config, 1).backbone.feature_specs["last"]]
     with pytest.raises(ValueError, match=r"1 feature maps need 1 centre_steps, got \(0.1, 0.2\)"):
         AnchorGenerator(AnchorConfig(scales=(0.2, 0.4), centre_steps=(0.1, 0.2)), specs)
 
@@ -521,7 +530,7 @@ def test_other_mmdetection_files_are_refused(mmdetections: tuple[dict[str, Tenso
     odd["bbox_head.reg_convs.0.1.weight"] = torch.zeros(24, 64, 1, 1)
     odd["neck.l2_norm.weight"] = torch.zeros(512)
     torch.save({"state_dict": odd}, path)
-    with pytest.raises(ValueError, match=r"odd.pth does not fit the network, 3 of") as caught:
+    with pytest.raises(ValueError, match=r"odd.pth does not fit the network, nothing was loaded .3 of") as caught:
         convert(path)
     message = str(caught.value)
     assert "missing: extras.blocks.0.1.norm.weight [256]" in message

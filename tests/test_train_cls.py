@@ -9,10 +9,10 @@ from shared_data import SHARED, needs_shared
 import configs.imagenet
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
-from backbones.weights import WeightsInfo, load_backbone, load_classifier, read_metadata, save_weights
-from detection.data.synthetic import draw_classification_set
+from backbones.weights.native import WeightsInfo, load_backbone, load_classifier, read_metadata, save_weights
+from detection.cli.train_cls import main
+from detection.data.drawn.synthetic import draw_classification_set
 from detection.engine.checkpoint import load_checkpoint
-from tools.train_cls import main
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = f"{ROOT}/configs/finetune.py:classifier"
@@ -81,7 +81,7 @@ def run_and_fail(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_other_class_count_is_said(
     folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from detection.classification import ClassificationConfig, ClassificationTask
+    from detection.classification.task import ClassificationConfig, ClassificationTask
     from detection.engine.runtime import Runtime
 
     save_weights(

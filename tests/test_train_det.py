@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from detection import load_detector
-from detection.data.synthetic import DetectionSet, draw_detection_set
-from detection.engine.trainer import TrainResult
-from detection.weights import read_detector
-from tools.eval_det import main as eval_det
-from tools.train_det import main as train_det
+from detection.cli.eval import main as eval_det
+from detection.cli.train import main as train_det
+from detection.data.drawn.synthetic import DetectionSet, draw_detection_set
+from detection.engine.loop import TrainResult
+from detection.weights.native import read_detector
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -20,9 +20,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from detection.engine.checkpoint import load_checkpoint
 from detection.engine.ema import EmaConfig
+from detection.engine.loop import TrainConfig, train
 from detection.engine.optim import OptimConfig
 from detection.engine.runtime import Runtime, open_runtime
-from detection.engine.trainer import TrainConfig, train
 
 CPU = Runtime(device=torch.device("cpu"))
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from shared_data import SHARED, needs_shared
 
-from detection import video
-from detection.video import Frame, FrameReader, VideoWriter, write_video
+from detection.inference import video
+from detection.inference.video import Frame, FrameReader, VideoWriter, write_video
 
 
 def coloured(number: int, height: int = 48, width: int = 64) -> np.ndarray:

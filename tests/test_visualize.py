@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from detection.images.draw import draw_detections, draw_frame_rate, draw_target, image_grid, to_supervision
 from detection.structures import Detections
-from detection.visualize import draw_detections, draw_frame_rate, draw_target, image_grid, to_supervision
 
 
 def found(boxes: list[list[float]], labels: list[int], class_names: tuple[str, ...] = ("cat", "dog")) -> Detections:

@@ -1,34 +1,6 @@
-"""Train a detector.
+"""Train a detector. The same as ``litedet train``."""
 
-python tools/train_det.py configs/finetune.py:detector --data.train.annotations FILE --data.train.images DIR \
-       --data.val.annotations FILE --data.val.images DIR --weights FILE --run-dir RUN
-torchrun --nproc-per-node 8 tools/train_det.py configs/coco.py:ssdlite_mnv2_320 --data.root COCO_DIR
-"""
-
-import sys
-from collections.abc import Sequence
-
-from detection.config import DetectionConfig, load_config
-from detection.engine.runtime import main_errors, open_runtime, seed_everything
-from detection.engine.trainer import TrainResult, train
-from detection.plain import to_plain
-from detection.training import DetectionTask
-
-
-@main_errors
-def main(argv: Sequence[str] | None = None) -> TrainResult:
-    config = load_config(sys.argv[1:] if argv is None else argv, __doc__ or "")
-    if not isinstance(config, DetectionConfig):
-        raise ValueError(f"this recipe gives a {type(config).__name__}; tools/train_det.py needs a DetectionConfig")
-    config.validate()
-    with open_runtime(config.train.device, config.train.num_threads) as runtime:
-        seed_everything(config.train.seed)  # the first weights of new layers
-        task = DetectionTask(config, runtime)
-        result = train(task, config.train, config.run_dir, runtime, to_plain(config))
-    if runtime.is_main:
-        print(f"best AP {result.best_metric:.3f} in epoch {result.best_epoch}: {result.best_path}")
-    return result
-
+from detection.cli.train import main
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones.classifier import Classifier
-from detection.model import Detector
+from detection.models.detector import Detector
 
 
 class Count(NamedTuple):
@@ -26,13 +26,10 @@ class Count(NamedTuple):
     activations: int
 
 
-def parts_of(model: nn.Module) -> dict[str, nn.Module]:
+def parts_of(model: nn.Module) -> Mapping[str, nn.Module]:
     """The parts of a detector (stem, stages, last, extras, head) or a classifier, in the order of the computation."""
-    if isinstance(model, Detector):
-        return {**dict(model.backbone.named_children()), "extras": model.extras, "head": model.head}
-    if isinstance(model, Classifier):
-        backbone = dict(model.backbone.named_children())
-        return {**backbone, **{name: part for name, part in model.named_children() if name != "backbone"}}
+    if isinstance(model, Detector | Classifier):
+        return model.parts()
     return dict(model.named_children())
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from detection.data.coco import CocoIndex
-from detection.model import Detector
+from detection.models.ssdlite import SSDLite
 
 NUM_CLASSES = 80
 # COCO numbers its 80 classes up to 90.
@@ -120,7 +120,7 @@ def draw_detections(index: CocoIndex, per_image: int = 100, seed: int = 0) -> tu
 
 
 @torch.no_grad()
-def draw_weights(model: Detector, images: Tensor, seed: int = 0) -> None:
+def draw_weights(model: SSDLite, images: Tensor, seed: int = 0) -> None:
     """Random weights under which a detector's scores are spread as after a training, in place.
 
     An untrained head gives every class about the same score, which is the most expensive case for a loop over classes. Here the
@@ -143,9 +143,7 @@ def draw_weights(model: Detector, images: Tensor, seed: int = 0) -> None:
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()
-    for branch in model.head.classes:
-        _, output = branch.children()
-        assert isinstance(output, nn.Conv2d)
+    for output in model.head.class_outputs():
         assert output.bias is not None
         columns = model.head.num_columns
         output.weight.normal_(generator=generator)

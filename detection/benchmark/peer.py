@@ -24,9 +24,10 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 
-from detection.anchors import AnchorGenerator
+from backbones.errors import UserError
 from detection.data.coco import CocoIndex
-from detection.model import Detector
+from detection.models.anchors import AnchorGenerator
+from detection.models.ssdlite import SSDLite
 from detection.postprocess import PostprocessConfig
 
 PEER_CANDIDATES = 300  # of each class, torchvision's own value for SSDLite
@@ -74,7 +75,7 @@ class _Anchors(DefaultBoxGenerator):
         return [len(pairs) for pairs in self._wh_pairs]
 
 
-def build_peer(model: Detector, postprocess: PostprocessConfig) -> SSD:
+def build_peer(model: SSDLite, postprocess: PostprocessConfig) -> SSD:
     """torchvision's SSD with the weights of a detector: MobileNetV2 x1.0, symmetric padding, square input, softmax.
 
     Args:
@@ -82,14 +83,14 @@ def build_peer(model: Detector, postprocess: PostprocessConfig) -> SSD:
         postprocess: thresholds and the number of detections. Candidates are torchvision's: 300 of each class.
 
     Raises:
-        ValueError: a detector that torchvision's parts cannot make.
+        UserError: a detector that torchvision's parts cannot make.
     """
     config = model.config
     backbone = config.backbone
     height, width = config.input_size
     given = (backbone.width, backbone.padding, config.score, config.resize, height == width)
     if given != (1.0, "symmetric", "softmax", "stretch", True):
-        raise ValueError(
+        raise UserError(
             "torchvision's parts make a MobileNetV2 of width 1.0 with symmetric padding, softmax scores and square, "
             f"stretched input; this detector has width {backbone.width}, padding {backbone.padding}, score "
             f"{config.score}, input {height}x{width}, resize {config.resize}"
@@ -128,7 +129,7 @@ def _copy_weights(source: nn.Module, target: nn.Module) -> None:
     pairs = zip(source.state_dict().values(), target.state_dict().values(), strict=True)
     for ours, theirs in pairs:
         if ours.shape != theirs.shape:
-            raise ValueError(f"a layer of {tuple(ours.shape)} stands against one of {tuple(theirs.shape)}")
+            raise UserError(f"a layer of {tuple(ours.shape)} stands against one of {tuple(theirs.shape)}")
         theirs.copy_(ours)
 
 

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from backbones.errors import UserError
 from detection.benchmark.drawn import draw_annotations, draw_detections
 from detection.data.augment import TrainTransform, ssd_augment
 from detection.data.coco import CocoIndex
 from detection.data.loader import DetectionDataset, build_loader
-from detection.evaluation import CocoEvaluator
+from detection.evaluation.coco_ap import CocoEvaluator
 from detection.structures import Detections
 
 BOXES_PER_IMAGE = 860_001 / 118_287  # train2017
@@ -126,7 +127,7 @@ def worker_growth(dataset: DetectionDataset, samples: int, batch_size: int = 16)
     """KiB by which a worker's own memory grows over some batches, when the first quarter of them has filled its caches.
 
     Raises:
-        ValueError: this system does not say how much memory a process has for itself (Linux does).
+        UserError: this system does not say how much memory a process has for itself (Linux does).
     """
     loader = build_loader(dataset, batch_size=batch_size, num_workers=1)
     batches = iter(loader)
@@ -143,9 +144,7 @@ def worker_growth(dataset: DetectionDataset, samples: int, batch_size: int = 16)
 def _own_kib(pid: int | None) -> int:
     status = Path(f"/proc/{pid}/smaps_rollup")
     if not status.is_file():
-        raise ValueError(
-            "the memory of a worker is read from /proc, which this system does not have; leave out --scale"
-        )
+        raise UserError("the memory of a worker is read from /proc, which this system does not have; leave out --scale")
     lines = (line.split() for line in status.read_text().splitlines()[1:])
     return sum(int(kib) for name, kib, *_ in lines if name in ("Private_Clean:", "Private_Dirty:"))
 

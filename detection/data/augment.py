@@ -20,7 +20,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from detection.preprocess import place, resize
+from backbones.errors import UserError
+from detection.images.place import place, resize
 from detection.structures import Placement, ResizeMode
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class AugmentConfig:
         """Refuse values that have no meaning.
 
         Raises:
-            ValueError: names the field, what it holds and what it may hold.
+            UserError: names the field, what it holds and what it may hold.
         """
         for name in (
             "expand_probability",
@@ -92,21 +93,19 @@ class AugmentConfig:
             "min_visible",
         ):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"augment.{name} is {getattr(self, name)}; it lies between 0 and 1")
+                raise UserError(f"augment.{name} is {getattr(self, name)}; it lies between 0 and 1")
         if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"augment.hue is {self.hue}; it lies between 0 and 0.5")
+            raise UserError(f"augment.hue is {self.hue}; it lies between 0 and 0.5")
         if not self.expand_max_scale >= 1:
-            raise ValueError(f"augment.expand_max_scale is {self.expand_max_scale}; it is at least 1")
+            raise UserError(f"augment.expand_max_scale is {self.expand_max_scale}; it is at least 1")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"augment.crop_scale is {self.crop_scale}; two numbers with 0 < first <= second <= 1")
+            raise UserError(f"augment.crop_scale is {self.crop_scale}; two numbers with 0 < first <= second <= 1")
         if not 0 < self.crop_aspect[0] <= self.crop_aspect[1]:
-            raise ValueError(f"augment.crop_aspect is {self.crop_aspect}; two numbers with 0 < first <= second")
+            raise UserError(f"augment.crop_aspect is {self.crop_aspect}; two numbers with 0 < first <= second")
         if not self.crop_min_overlaps or not all(0 <= overlap < 1 for overlap in self.crop_min_overlaps):
-            raise ValueError(
-                f"augment.crop_min_overlaps is {self.crop_min_overlaps}; one or more numbers in 0 <= x < 1"
-            )
+            raise UserError(f"augment.crop_min_overlaps is {self.crop_min_overlaps}; one or more numbers in 0 <= x < 1")
         if not self.min_size > 0:
-            raise ValueError(f"augment.min_size is {self.min_size}; it is above 0 pixels")
+            raise UserError(f"augment.min_size is {self.min_size}; it is above 0 pixels")
 
 
 def ssd_augment() -> AugmentConfig:
@@ -182,7 +181,7 @@ class TrainTransform:
         seed: of the training.
 
     Raises:
-        ValueError: the config holds a value without meaning.
+        UserError: the config holds a value without meaning.
     """
 
     def __init__(

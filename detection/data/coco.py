@@ -32,6 +32,8 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
+from backbones.errors import UserError
+
 _log = logging.getLogger(__name__)
 
 CACHE_VERSION = 1
@@ -151,7 +153,7 @@ class CocoIndex:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: not json, not a COCO json, or a record that contradicts another. The message names file and
+            UserError: not json, not a COCO json, or a record that contradicts another. The message names file and
                 record.
         """
         path = Path(path)
@@ -166,7 +168,7 @@ class CocoIndex:
             if cached:
                 _write_cache(cached, index)
         if index.problems and strict:
-            raise ValueError(f"{path}: " + "; ".join(index.problems))
+            raise UserError(f"{path}: " + "; ".join(index.problems))
         for problem in index.problems:
             _log.warning("%s: %s (not used in training)", path, problem)
         return index
@@ -206,12 +208,12 @@ class CocoIndex:
         """This index, if there is anything to learn from it.
 
         Raises:
-            ValueError: the file has no image, or not one usable box.
+            UserError: the file has no image, or not one usable box.
         """
         if not len(self):
-            raise ValueError(f"{self.path}: `images` is empty: no image to train on")
+            raise UserError(f"{self.path}: `images` is empty: no image to train on")
         if not self.usable.any():
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: nothing to learn: {len(self)} images, {len(self.labels)} annotations, and none of them is a box "
                 "that training can use (crowds and boxes without area are not used)"
             )
@@ -229,7 +231,7 @@ class CocoIndex:
             class_names: the other file's K names.
 
         Raises:
-            ValueError: this file has objects of a class that is not among ``class_names``.
+            UserError: this file has objects of a class that is not among ``class_names``.
         """
         label_of = {name: label for label, name in enumerate(class_names)}
         new_labels = np.array([label_of.get(name, -1) for name in self.class_names], np.int64)
@@ -240,7 +242,7 @@ class CocoIndex:
             if new_labels[label] < 0 and counts[label]
         ]
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"{self.path}: unknown category {', '.join(unknown[:_NUM_NAMED])}; "
                 f"the classes are {', '.join(map(repr, class_names[:100]))}"
             )
@@ -267,7 +269,7 @@ def _build(path: Path) -> CocoIndex:
     images, categories, records = _decode(path)
     categories.sort(key=lambda category: category.id)
     if not categories:
-        raise ValueError(f"{path}: `categories` is empty: there is no class to find")
+        raise UserError(f"{path}: `categories` is empty: there is no class to find")
 
     image_ids = _array(images, "id", np.int64)
     category_ids = _array(categories, "id", np.int64)
@@ -283,19 +285,19 @@ def _build(path: Path) -> CocoIndex:
     sizes = np.nan_to_num(np.stack([_floats(images, "height"), _floats(images, "width")], axis=1)).astype(np.int32)
     for position in np.flatnonzero((sizes <= 0).any(axis=1))[:1]:
         image = images[position]
-        raise ValueError(
+        raise UserError(
             f"{path}: image {image.id} ({image.file_name}) has width {image.width} and height {image.height}; "
             "both are needed, in pixels of the image on disk"
         )
 
     position = _positions(images_named, image_ids)
     for record in np.flatnonzero(position < 0)[:1]:
-        raise ValueError(
+        raise UserError(
             f"{path}: annotation {annotation_ids[record]} names image_id {images_named[record]}, which `images` has not"
         )
     labels = _positions(categories_named, category_ids)
     for record in np.flatnonzero(labels < 0)[:1]:
-        raise ValueError(
+        raise UserError(
             f"{path}: annotation {annotation_ids[record]} has the unknown category {categories_named[record]}; "
             f"`categories` has {', '.join(map(str, category_ids[:100].tolist()))}"
         )
@@ -356,7 +358,7 @@ def _records(annotations: list[_Annotation]) -> _Records:
 
 def _decode(path: Path) -> tuple[list[_Image], list[_Category], _Records]:
     if not path.stat().st_size:
-        raise ValueError(f"{path} is not a json file: it is empty")
+        raise UserError(f"{path} is not a json file: it is empty")
     # Mapped, not read: a file of COCO's size has hundreds of megabytes, and they need no copy.
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if (decoded := _decode_in_pieces(data)) is not None:
@@ -364,13 +366,13 @@ def _decode(path: Path) -> tuple[list[_Image], list[_Category], _Records]:
         try:
             file = msgspec.json.decode(data, type=_File)
         except msgspec.ValidationError as error:
-            raise ValueError(f"{path} is not a COCO json file: {_explain(str(error), data[:])}") from None
+            raise UserError(f"{path} is not a COCO json file: {_explain(str(error), data[:])}") from None
         except msgspec.DecodeError as error:
             near = ""
             if place := re.search(r"byte (\d+)", str(error)):
                 start = max(int(place[1]) - 60, 0)
                 near = f", after {data[start : int(place[1])].decode(errors='replace')!r}"
-            raise ValueError(f"{path} is not a json file: {error}{near}") from None
+            raise UserError(f"{path} is not a json file: {error}{near}") from None
     return file.images, file.categories, _records(file.annotations)
 
 
@@ -470,7 +472,7 @@ def _refuse_duplicates(path: Path, what: str, values: NDArray[Any]) -> None:
     repeats = ordered[1:] == ordered[:-1]
     if repeats.any():
         twice = np.unique(ordered[1:][repeats])
-        raise ValueError(
+        raise UserError(
             f"{path}: {what} {', '.join(map(str, twice[:_NUM_NAMED].tolist()))} stands there more than once"
         )
 

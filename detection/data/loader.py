@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from backbones.errors import UserError
 from detection.data.augment import EvalTransform, TrainTransform
 from detection.data.coco import CocoIndex
 from detection.structures import Batch, Sample
@@ -57,7 +58,7 @@ class DetectionDataset(Dataset[Sample | SkippedSample]):
 
     Raises:
         FileNotFoundError: the folder is not there, or holds none of the first images that were looked for.
-        ValueError: there is nothing to train on.
+        UserError: there is nothing to train on.
     """
 
     def __init__(self, index: CocoIndex, image_dir: str | Path, transform: TrainTransform | EvalTransform) -> None:
@@ -175,7 +176,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
     def __init__(self, num_images: int, *, training: bool, seed: int = 0, rank: int = 0, world_size: int = 1) -> None:
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank is {rank} and world_size {world_size}; 0 <= rank < world_size is needed")
+            raise UserError(f"rank is {rank} and world_size {world_size}; 0 <= rank < world_size is needed")
         self.num_images = num_images
         self.training = training
         self.seed = seed
@@ -258,11 +259,11 @@ def build_loader(
         pin_memory: page-locked batches, for copies to CUDA that the host does not wait for.
 
     Raises:
-        ValueError: a training epoch would have no batch at all.
+        UserError: a training epoch would have no batch at all.
     """
     sampler = EpochSampler(len(dataset), training=dataset.training, seed=seed, rank=rank, world_size=world_size)
     if dataset.training and len(sampler) < batch_size:
-        raise ValueError(
+        raise UserError(
             f"batch size {batch_size} is larger than the {len(sampler)} images per process of {dataset.index.path}; "
             "an incomplete batch is not trained on (batch norm fails on a single image), so the epoch would be empty"
         )

@@ -1,13 +1,16 @@
 """Checkpoints: tensors and plain data, written whole or not at all, loaded strictly and without running code."""
 
-import os
+import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from backbones.errors import UserError
+from backbones.state import write_whole
 
 FORMAT = "litedet checkpoint"
 VERSION = 1
@@ -23,15 +26,14 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
         content: nested dicts, lists and tuples of tensors and plain values (bool, int, float, str, None).
 
     Raises:
+        OSError: it cannot be written; the old one stays.
         TypeError: something else is in it; ``weights_only=True`` would refuse to load that.
     """
     _check_plain(content, "")
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, "version": VERSION, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())  # on the disk before the name points to it, even if the power fails
-    os.replace(temporary, path)
+    # Through memory: torch answers a full disk with an exception that names neither the disk nor the file.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "version": VERSION, **content}, buffer)
+    write_whole(path, buffer.getbuffer(), durable=True)
 
 
 def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -39,7 +41,7 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dic
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint of this project, is damaged, or has another format version.
+        UserError: the file is no checkpoint of this project, is damaged, or has another format version.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,42 +49,15 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dic
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is not a checkpoint that can be read: damaged, or another kind of file") from error
+        raise UserError(f"{path} is not a checkpoint that can be read: damaged, or another kind of file") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} was not written by this project's training; expected a best.pt or last.pt of a run")
+        raise UserError(f"{path} was not written by this project's training; expected a best.pt or last.pt of a run")
     if content["version"] != VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path} has checkpoint format {content['version']}, this version of the project reads {VERSION}; "
             f"use the version that wrote it"
         )
     return content
-
-
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copies ``weights`` into ``module``, all or none.
-
-    Args:
-        module: the network.
-        weights: a state dict.
-        source: where the weights come from, for the message.
-
-    Raises:
-        ValueError: names every tensor that is missing, not expected or of another shape.
-    """
-    own = module.state_dict()
-    mismatches = [f"missing: {name} {list(tensor.shape)}" for name, tensor in own.items() if name not in weights]
-    mismatches += [f"not expected: {name}" for name in weights if name not in own]
-    mismatches += [
-        f"{name}: expected shape {list(tensor.shape)}, given {list(weights[name].shape)}"
-        for name, tensor in own.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    if mismatches:
-        listed = "\n  ".join(mismatches)
-        raise ValueError(
-            f"{source} does not fit the network, {len(mismatches)} of {len(own)} tensors differ:\n  {listed}"
-        )
-    module.load_state_dict(weights)
 
 
 def _check_plain(value: Any, place: str) -> None:

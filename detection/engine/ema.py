@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detection.engine.checkpoint import load_weights
+from backbones.errors import UserError
+from backbones.state import load_state
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,11 +37,11 @@ class EmaConfig:
     """The average looks back (1 / (1 - decay) steps) over at most this share of the training; short ones lower it."""
 
     def validate(self) -> None:
-        """Raises ValueError for a value that means nothing."""
+        """Raises UserError for a value that means nothing."""
         if not 0 <= self.decay < 1:
-            raise ValueError(f"ema.decay must be in 0 <= x < 1, not {self.decay}")
+            raise UserError(f"ema.decay must be in 0 <= x < 1, not {self.decay}")
         if not 0 < self.horizon_share <= 1:
-            raise ValueError(f"ema.horizon_share must be in 0 < x <= 1, not {self.horizon_share}")
+            raise UserError(f"ema.horizon_share must be in 0 < x <= 1, not {self.horizon_share}")
 
 
 def ema_decay(num_updates: int, config: EmaConfig, num_steps: int) -> float:
@@ -84,7 +85,7 @@ class ExponentialAverage:
         return {"model": self.model.state_dict(), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        load_weights(self.model, state["model"], "the moving average of the checkpoint")
+        load_state(self.model, state["model"], "the moving average of the checkpoint")
         self.num_updates = state["num_updates"]
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from backbones.errors import UserError
+
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
@@ -34,23 +36,23 @@ class OptimConfig:
     """Longer gradients (2-norm over all parameters) are scaled down to this length; None leaves them."""
 
     def validate(self) -> None:
-        """Raises ValueError for a value that means nothing."""
+        """Raises UserError for a value that means nothing."""
         if not self.lr > 0:
-            raise ValueError(f"optim.lr must be above 0, not {self.lr}")
+            raise UserError(f"optim.lr must be above 0, not {self.lr}")
         for name in ("momentum", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optim.{name} must be in 0 <= x < 1, not {getattr(self, name)}")
+                raise UserError(f"optim.{name} must be in 0 <= x < 1, not {getattr(self, name)}")
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
-            raise ValueError("optim.nesterov needs optim.name 'sgd' and a momentum above 0")
+            raise UserError("optim.nesterov needs optim.name 'sgd' and a momentum above 0")
         if self.weight_decay < 0:
-            raise ValueError(f"optim.weight_decay must not be negative, not {self.weight_decay}")
+            raise UserError(f"optim.weight_decay must not be negative, not {self.weight_decay}")
         if self.warmup_steps < 0:
-            raise ValueError(f"optim.warmup_steps must not be negative, not {self.warmup_steps}")
+            raise UserError(f"optim.warmup_steps must not be negative, not {self.warmup_steps}")
         for name in ("warmup_max_share", "min_lr_share"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optim.{name} must be in 0 <= x <= 1, not {getattr(self, name)}")
+                raise UserError(f"optim.{name} must be in 0 <= x <= 1, not {getattr(self, name)}")
         if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"optim.clip_norm must be above 0 or None, not {self.clip_norm}")
+            raise UserError(f"optim.clip_norm must be above 0 or None, not {self.clip_norm}")
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig, lr_scales: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -68,12 +70,12 @@ def parameter_groups(model: nn.Module, config: OptimConfig, lr_scales: Mapping[s
         Groups with ``params``, ``lr``, ``weight_decay`` and ``name`` (the scale: "x0.1"), in order of first appearance.
 
     Raises:
-        ValueError: a prefix fits no parameter, or nothing can be trained.
+        UserError: a prefix fits no parameter, or nothing can be trained.
     """
     for prefix in lr_scales:
         if not any(name.startswith(prefix) for name, _ in model.named_parameters()):
             tops = sorted({name.partition(".")[0] for name, _ in model.named_parameters()})
-            raise ValueError(
+            raise UserError(
                 f"no parameter begins with '{prefix}' (learning-rate scale); the network has {', '.join(tops)}"
             )
 
@@ -95,7 +97,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig, lr_scales: Mapping[s
         )
         group["params"].append(parameter)
     if not groups:
-        raise ValueError("every parameter of the network is frozen: nothing can be trained")
+        raise UserError("every parameter of the network is frozen: nothing can be trained")
     return list(groups.values())
 
 

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from backbones.errors import UserError
+
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 _Main = TypeVar("_Main", bound=Callable[..., Any])
@@ -81,7 +83,7 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
         num_threads: threads of torch's operators in this process; None leaves torch's own choice.
 
     Raises:
-        ValueError: CUDA was asked for where there is none, or there are more processes on this machine than GPUs.
+        UserError: CUDA was asked for where there is none, or there are more processes on this machine than GPUs.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -137,19 +139,19 @@ def choose_device(choice: DeviceChoice, local_rank: int = 0) -> torch.device:
     """The device that ``choice`` means in process ``local_rank`` of this machine.
 
     Raises:
-        ValueError: see ``open_runtime``.
+        UserError: see ``open_runtime``.
     """
     if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
-        raise ValueError(
+        raise UserError(
             f"device 'cuda' was asked for, but torch {torch.__version__} finds no usable CUDA GPU here "
             f"(this torch {built}); use 'auto' or 'cpu', or install a driver and a CUDA build of torch"
         )
     num_gpus = torch.cuda.device_count()
     if local_rank >= num_gpus:
-        raise ValueError(
+        raise UserError(
             f"process {local_rank} of this machine has no GPU of its own: there are {num_gpus}; "
             f"start torchrun with --nproc-per-node {num_gpus} or fewer"
         )
@@ -171,7 +173,7 @@ def seed_everything(seed: int, *, epoch: int = 0, rank: int = 0) -> None:
 def main_errors(main: _Main) -> _Main:
     """Decorates a tool's ``main(argv)``: a user's mistake ends in one clear line, a mistake of ours in a traceback.
 
-    ``ValueError``, ``OSError`` and ``FloatingPointError`` (a training that diverged) become "error: ..." on stderr and
+    ``UserError``, ``OSError`` and ``FloatingPointError`` (a training that diverged) become "error: ..." on stderr and
     exit code 2 (argparse's and tyro's code for wrong usage), Ctrl-C becomes a hint and exit code 130 (the shell's code
     for it). With LITEDET_TRACEBACK=1 in the environment nothing is turned, for whoever looks for the place in the code.
     """
@@ -182,7 +184,7 @@ def main_errors(main: _Main) -> _Main:
             return main(argv)
         try:
             return main(argv)
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (UserError, OSError, FloatingPointError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
         except KeyboardInterrupt as error:

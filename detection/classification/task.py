@@ -1,0 +1,251 @@
+"""What is trained when a classifier is trained: its composed config, and data, network and loss as one task for the engine."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from backbones.classifier import Classifier, ClassifierConfig
+from backbones.errors import UserError
+from backbones.state import load_state
+from backbones.weights.native import WeightsInfo, adopt_config, check_statistics, load_classifier, save_weights
+from detection.classification.data import (
+    ClassificationBatch,
+    ClassificationDataset,
+    ClassificationStep,
+    EvalTransform,
+    Normalise,
+    TrainTransform,
+    TransformConfig,
+    collate,
+    measure_accuracy,
+    read_image_folder,
+)
+from detection.data.loader import EpochSampler
+from detection.engine.checkpoint import load_checkpoint
+from detection.engine.loop import TrainConfig
+from detection.engine.plain import differences
+from detection.engine.runtime import Runtime
+from detection.images.draw import image_grid
+from detection.weights.hub import locate
+
+_log = logging.getLogger(__name__)
+
+_NUM_IMAGES = 8  # drawn for TensorBoard
+
+
+@dataclass(kw_only=True, slots=True)
+class ClassificationDataConfig:
+    train: Path | None = None
+    """A folder of images to learn from, with a folder for each class."""
+    val: Path | None = None
+    """A folder of images to measure accuracy on, with the same classes."""
+    workers: int = 2
+    """Processes that read and augment images. 0: the training process itself."""
+    val_batch_size: int = 32
+    """Images of a batch in evaluation, per process. It changes speed and memory, not accuracy."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ClassificationConfig:
+    run_dir: Path = Path("runs/classifier")
+    """Folder for everything that the training writes."""
+    weights: str | None = None
+    """Where to start: a backbone or classifier file (ours, torchvision's, timm's), or a published name
+    (tools/convert_weights.py --list). The network is then built as these weights need it."""
+    backbone_lr_scale: float = 1.0
+    """Factor of the learning rate in the backbone, where it is trained already."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread evenly over all classes."""
+    licence: str = ""
+    """What may be done with the weights; written into their file."""
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    """The network."""
+    data: ClassificationDataConfig = field(default_factory=ClassificationDataConfig)
+    """Which images."""
+    transform: TransformConfig = field(default_factory=TransformConfig)
+    """How they are changed."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long, how fast, on what."""
+
+    def validate(self) -> None:
+        """Raises UserError for values that make no sense, alone or together. Called once, after all overrides."""
+        for part in (self.model, self.transform, self.train):
+            part.validate()
+        if self.data.workers < 0 or self.data.val_batch_size < 1:
+            raise UserError(
+                f"data.workers must be at least 0 and data.val_batch_size at least 1, got {self.data.workers} and "
+                f"{self.data.val_batch_size}"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"label_smoothing is {self.label_smoothing}; it can be 0 up to, but not including, 1")
+        frozen = self.model.backbone.frozen_stages
+        if frozen and self.weights is None:
+            raise UserError(
+                f"model.backbone.frozen_stages is {frozen} and there are no weights to start from: random layers would "
+                "stay random; give --weights, or --model.backbone.frozen-stages 0"
+            )
+        if self.backbone_lr_scale <= 0:
+            raise UserError(
+                f"backbone_lr_scale must be positive, got {self.backbone_lr_scale}; model.backbone.frozen-stages freezes"
+            )
+
+
+class ClassificationTask:
+    """Train a classifier on one folder of images and measure its accuracy on another.
+
+    Args:
+        config: validated; its data must name both folders.
+        runtime: this process.
+
+    Attributes:
+        model: the network.
+        step: network and loss, what the engine calls.
+        metric: the figure that decides which weights are the best.
+        num_train: training images.
+        lr_scales: factor of the learning rate of the backbone.
+        class_names: name of each label.
+
+    Raises:
+        UserError, FileNotFoundError: no data, data that does not fit, weights that do not fit.
+    """
+
+    metric = "top1"
+
+    def __init__(self, config: ClassificationConfig, runtime: Runtime) -> None:
+        self.config = config
+        self.runtime = runtime
+        if config.data.train is None or config.data.val is None:
+            missing = "train" if config.data.train is None else "val"
+            raise UserError(f"no --data.{missing} given; a folder with a folder of images for each class is needed")
+        train_folder = read_image_folder(config.data.train)
+        self.class_names = train_folder.class_names
+        val_folder = read_image_folder(config.data.val, self.class_names)
+        self._weights_info = WeightsInfo()
+        if config.weights is None:
+            self.model = Classifier(config.model, len(self.class_names))
+        else:
+            source = locate(config.weights)
+            asked, (config.model.backbone, _) = config.model.backbone, adopt_config(config.model.backbone, source)
+            changes = differences(asked, config.model.backbone)
+            if changes:
+                _log.info("the network is built as %s needs it: backbone %s", source, ", ".join(changes))
+            self.model = Classifier(config.model, len(self.class_names))
+            self._weights_info, remark = load_classifier(self.model, source, self.class_names)
+            check_statistics(self.model.backbone, source)
+            _log.info("%s", remark or f"classifier from {config.weights}")
+        self.normalise = Normalise(self._weights_info.mean, self._weights_info.std)
+        self.step = ClassificationStep(self.model, self.normalise, config.label_smoothing)
+        self.num_train = len(train_folder)
+        self.lr_scales: Mapping[str, float] = {"backbone.": config.backbone_lr_scale}
+        self._train_loader = self._build_loader(
+            ClassificationDataset(train_folder, TrainTransform(config.transform, config.train.seed)),
+            config.train.batch_size_per_process(runtime.world_size),
+        )
+        self._val_loader = self._build_loader(
+            ClassificationDataset(val_folder, EvalTransform(config.transform)), config.data.val_batch_size
+        )
+
+    def _build_loader(self, dataset: ClassificationDataset, batch_size: int) -> DataLoader[Any]:
+        runtime, workers = self.runtime, self.config.data.workers
+        return DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=EpochSampler(
+                len(dataset),
+                training=dataset.training,
+                seed=self.config.train.seed,
+                rank=runtime.rank,
+                world_size=runtime.world_size,
+            ),
+            num_workers=workers,
+            collate_fn=collate,
+            drop_last=dataset.training,
+            pin_memory=runtime.device.type == "cuda",
+            persistent_workers=workers > 0,
+            worker_init_fn=_init_worker,
+        )
+
+    def train_loader(self) -> DataLoader[Any]:
+        return self._train_loader
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The shares top1 and top5 of the validation images."""
+        accuracy = measure_accuracy(model, self._val_loader, self.normalise, self.runtime.device)
+        self.runtime.sum_over_processes(accuracy.counts)
+        skipped = sorted(self.runtime.union_over_processes(accuracy.skipped))
+        accuracy.skipped = skipped
+        share = self.config.train.max_skipped_share
+        total = len(skipped) + int(accuracy.counts[2])
+        if len(skipped) > share * total:
+            raise UserError(
+                f"{len(skipped)} of {total} validation images cannot be read, more than --train.max-skipped-share "
+                f"{share:g} allows: {'; '.join(skipped[:5])}. Repair them, take them out, or raise the share"
+            )
+        for text in skipped:
+            _log.warning("left out of the accuracy, it cannot be read: %s", text)
+        return accuracy.scalars()
+
+    def checkpoint_extra(self) -> dict[str, Any]:
+        info = self.weights_info()
+        return {
+            "classifier": {
+                "model": asdict(self.config.model),
+                "class_names": list(info.class_names),
+                "mean": list(info.mean),
+                "std": list(info.std),
+            }
+        }
+
+    def log_images(self, writer: SummaryWriter, step: int, batch: ClassificationBatch, model: nn.Module) -> None:
+        """Training images as the network sees them, with the class they are to teach and the one it says now."""
+        images = batch.images[:_NUM_IMAGES]
+        with torch.inference_mode():
+            predicted = model(self.normalise(images)).argmax(1).tolist()
+        drawn = []
+        labels = batch.labels[:_NUM_IMAGES].tolist()
+        for image, label, guess in zip(images.permute(0, 2, 3, 1).cpu().numpy(), labels, predicted, strict=True):
+            canvas = np.ascontiguousarray(image)
+            color = (0, 160, 0) if label == guess else (220, 0, 0)
+            for line, text in enumerate((self.class_names[label], self.class_names[guess])):
+                cv2.putText(canvas, text, (4, 16 * (line + 1)), cv2.FONT_HERSHEY_SIMPLEX, 0.5, color, 1, cv2.LINE_AA)
+            drawn.append(canvas)
+        writer.add_image("training/images", image_grid(drawn), step, dataformats="HWC")
+
+    def weights_info(self) -> WeightsInfo:
+        """What travels with the trained weights."""
+        began = self._weights_info.source or self.config.weights
+        trained = f"trained on {self.num_train} images of {len(self.class_names)} classes"
+        return WeightsInfo(
+            mean=self._weights_info.mean,
+            std=self._weights_info.std,
+            class_names=self.class_names,
+            source=f"{trained}, from {began}" if began else trained,
+            licence=self.config.licence or self._weights_info.licence,
+            padding=self.config.model.backbone.padding,
+        )
+
+    def save_best(self, best_path: Path, path: Path) -> dict[str, float]:
+        """Write the weights of a checkpoint as the file that ``--weights`` takes, the linear layer with them.
+
+        Returns:
+            What the checkpoint's evaluation gave, and its epoch.
+        """
+        content = load_checkpoint(best_path)
+        best = Classifier(self.config.model, len(self.class_names))
+        load_state(best, content["weights"], str(best_path))
+        save_weights(path, best, self.weights_info())
+        return {"epoch": content["epoch"], **content["metrics"]}
+
+
+def _init_worker(worker: int) -> None:
+    cv2.setNumThreads(0)  # the processes share the work; threads inside them would only compete
+    torch.set_num_threads(1)

@@ -1,0 +1,72 @@
+"""Convert a data set to COCO json.
+
+python tools/convert_dataset.py voc  --annotations DIR --images DIR [--list FILE] --out FILE.json
+python tools/convert_dataset.py yolo --images DIR --labels DIR --names FILE --out FILE.json
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from detection.data.formats.convert import ConversionReport, convert_voc, convert_yolo
+from detection.engine.runtime import main_errors
+
+
+@dataclass(kw_only=True, slots=True)
+class Voc:
+    """A folder of Pascal VOC XML files."""
+
+    annotations: Path
+    """Folder of XML files, one an image."""
+    images: Path
+    """Folder of the images; file names in the json are relative to it."""
+    out: Path
+    """The COCO json to write."""
+    list: Path | None = None
+    """Text file with the names of the images to take, without suffix, one a line (VOC's ImageSets/Main/*.txt)."""
+    names: Path | None = None
+    """File that fixes the classes and their order: one a line, or a data.yaml. Without it: every class that any XML
+    file of the folder has, sorted by name."""
+    difficult: Literal["keep", "drop"] = "keep"
+    """What becomes of objects marked as difficult."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Yolo:
+    """A folder of YOLO text files."""
+
+    images: Path
+    """Folder of the images; file names in the json are relative to it."""
+    labels: Path
+    """Folder of text files: images/a/b.jpg belongs to labels/a/b.txt."""
+    names: Path
+    """The class names in order: a text file with one a line, or a data.yaml."""
+    out: Path
+    """The COCO json to write."""
+
+
+Command = (
+    Annotated[Voc, tyro.conf.subcommand("voc", prefix_name=False)]
+    | Annotated[Yolo, tyro.conf.subcommand("yolo", prefix_name=False)]
+)
+
+
+@main_errors
+def main(argv: Sequence[str] | None = None) -> ConversionReport:
+    command: Voc | Yolo = tyro.cli(Command, args=argv, description=__doc__)
+    if isinstance(command, Voc):
+        report = convert_voc(
+            command.annotations,
+            command.images,
+            command.out,
+            list_file=command.list,
+            names=command.names,
+            difficult=command.difficult,
+        )
+    else:
+        report = convert_yolo(command.images, command.labels, command.names, command.out)
+    print(report)
+    return report

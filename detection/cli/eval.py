@@ -1,0 +1,152 @@
+"""Measure a detector's COCO AP on images with a COCO json.
+
+python tools/eval_det.py RUN/best.pt --annotations FILE --images DIR --json OUT.json
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from backbones.errors import UserError
+from detection.data.augment import EvalTransform
+from detection.data.coco import CocoIndex
+from detection.data.loader import DetectionDataset, build_loader
+from detection.engine.runtime import DeviceChoice, choose_device, main_errors
+from detection.evaluation.coco_ap import (
+    Backend,
+    CocoEvaluator,
+    EvaluationResult,
+    EvaluationTiming,
+    evaluate,
+    only_classes,
+    write_json,
+)
+from detection.inference.predictor import Predictor
+from detection.weights.hub import locate
+from detection.weights.native import read_detector
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalConfig:
+    checkpoint: tyro.conf.Positional[Path]
+    """A training's best.pt, a detector's .safetensors, or a published name (tools/convert_weights.py --list)."""
+    annotations: Path
+    """A COCO json. Its classes are matched with the detector's by name; it may have fewer."""
+    images: Path
+    """The folder that the file names in it start from."""
+    json: Path | None = None
+    """Write the twelve figures, AP per class and the speed here."""
+    predictions: Path | None = None
+    """Write the detections here, as a COCO result json."""
+    classes: tuple[str, ...] = ()
+    """Evaluate these classes alone, by name. None given: all."""
+    backend: Backend = "faster"
+    """Who computes AP. Both give the same figures; pycocotools is the reference and takes 12 times as long."""
+    batch_size: int = 32
+    """Images per batch."""
+    workers: int = 2
+    """Processes that read images. 0: this process itself."""
+    device: DeviceChoice = "auto"
+    """Where the network runs. auto: a CUDA GPU where there is one."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Number format of the network's convolutions. off: float32."""
+    input_size: tuple[int, int] | None = None
+    """(height, width) of the network's input. None: the one it was trained at."""
+    score_threshold: float | None = None
+    """Detections below it are dropped. None: the one in the checkpoint."""
+    nms_threshold: float | None = None
+    """Of two boxes of a class that overlap more (IoU), the one with the lower score goes. None: the one in the checkpoint."""
+
+    def validate(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size must be at least 1, got {self.batch_size}")
+        if self.workers < 0:
+            raise UserError(f"--workers must not be negative, got {self.workers}")
+
+
+@main_errors
+def main(argv: Sequence[str] | None = None) -> EvaluationResult:
+    config = tyro.cli(EvalConfig, args=sys.argv[1:] if argv is None else argv, description=__doc__)
+    config.validate()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    device = choose_device(config.device)
+
+    model, info = read_detector(locate(config.checkpoint), config.input_size)
+    if config.score_threshold is not None:
+        info.postprocess.score_threshold = config.score_threshold
+    if config.nms_threshold is not None:
+        info.postprocess.nms_threshold = config.nms_threshold
+    detector = Predictor(model, info, device)
+
+    index = CocoIndex.read(config.annotations)
+    if config.classes:
+        index = only_classes(index, config.classes)
+    index = index.with_categories(np.array(info.category_ids), info.class_names)
+    evaluator = CocoEvaluator(index, config.backend, config.classes or None)
+    transform = EvalTransform(info.model.input_size, resize_mode=info.model.resize, fill=info.model.fill)
+    loader = build_loader(
+        DetectionDataset(index, config.images, transform),
+        batch_size=config.batch_size,
+        num_workers=config.workers,
+        pin_memory=device.type == "cuda",
+    )
+
+    timing = evaluate(detector.model, loader, detector.postprocess, evaluator, device, config.amp)
+    result = evaluator.compute()
+    if len(result.unreadable) == result.num_images:
+        raise UserError(f"none of {result.num_images} images can be read; the first: {result.unreadable[0]}")
+    print(table(result, timing))
+    if config.predictions is not None:
+        number = evaluator.write_coco_results(config.predictions)
+        print(f"{number} detections written to {config.predictions}")
+    if config.json is not None:
+        write_json(config.json, report(config, result, timing))
+        print(f"figures written to {config.json}")
+    return result
+
+
+def table(result: EvaluationResult, timing: EvaluationTiming) -> str:
+    """The result for people: classes in the order of their labels, those without an object in the file with a dash."""
+    width = max(len("class"), *(len(name) for name in result.class_ap))
+    lines = [f"{'class':<{width}}  objects     AP"]
+    for name, ap in result.class_ap.items():
+        lines.append(f"{name:<{width}}  {result.class_counts[name]:>7}  {_figure(ap)}")
+    lines.append("")
+    lines += [f"{name:<10} {_figure(None if value < 0 else value)}" for name, value in result.figures.items()]
+    lines += [
+        "",
+        f"{result.num_images} images, {result.num_detections} detections",
+        f"{timing.network:.1f} ms network, {timing.postprocess:.1f} ms post-processing, {timing.wait:.1f} ms waiting for "
+        "data, per image",
+    ]
+    if result.unreadable:
+        lines.append(
+            f"{len(result.unreadable)} images could not be read and count as images in which nothing was found"
+        )
+    return "\n".join(lines)
+
+
+def _figure(value: float | None) -> str:
+    return f"{'-':>5}" if value is None else f"{value:.3f}"
+
+
+def report(config: EvalConfig, result: EvaluationResult, timing: EvaluationTiming) -> dict[str, object]:
+    """The result for programs."""
+    return {
+        **result.figures,
+        "AP_per_class": result.class_ap,
+        "objects_per_class": result.class_counts,
+        "num_images": result.num_images,
+        "num_detections": result.num_detections,
+        "unreadable": list(result.unreadable),
+        "milliseconds_per_image": asdict(timing),
+        "checkpoint": str(config.checkpoint),
+        "annotations": str(config.annotations),
+        "backend": config.backend,
+    }

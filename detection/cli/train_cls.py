@@ -1,0 +1,36 @@
+"""Train a classifier; its backbone is what train_det.py --weights takes.
+
+python tools/train_cls.py configs/finetune.py:classifier --data.train DIR --data.val DIR --weights FILE --run-dir RUN
+torchrun --nproc-per-node 8 tools/train_cls.py configs/imagenet.py:mobilenetv2 --data.train DIR --data.val DIR
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+from backbones.errors import UserError
+from detection.classification.task import ClassificationConfig, ClassificationTask
+from detection.cli.recipes import load_config
+from detection.engine.loop import TrainResult, train
+from detection.engine.plain import to_plain
+from detection.engine.runtime import main_errors, open_runtime
+
+
+@main_errors
+def main(argv: Sequence[str] | None = None) -> TrainResult:
+    config = load_config(sys.argv[1:] if argv is None else argv, __doc__ or "")
+    if not isinstance(config, ClassificationConfig):
+        raise UserError(f"this recipe gives a {type(config).__name__}; tools/train_cls.py needs a ClassificationConfig")
+    config.validate()
+    with open_runtime(config.train.device, config.train.num_threads) as runtime:
+        task = ClassificationTask(config, runtime)
+        result = train(task, config.train, config.run_dir, runtime, to_plain(config))
+        if runtime.is_main:
+            weights_path = config.run_dir / "backbone.safetensors"
+            last = result.metrics
+            best = task.save_best(result.best_path, weights_path)
+            summary = {"best": best, "last": last, "seconds": result.seconds, "weights": str(weights_path)}
+            (config.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            print(f"best epoch {best['epoch']}: top-1 {best['top1']:.4f}, top-5 {best['top5']:.4f}: {weights_path}")
+            print(f"last epoch {config.train.epochs}: top-1 {last['top1']:.4f}, top-5 {last['top5']:.4f}")
+    return result

@@ -1,0 +1,37 @@
+"""From a config to its detector: one entry for each kind."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from backbones.errors import UserError
+from detection.models.detector import Detector, DetectorConfig
+from detection.models.ssdlite import SSDLite, SSDLiteConfig
+
+_CONFIGS: dict[str, type[DetectorConfig]] = {"ssdlite": SSDLiteConfig}
+
+
+def build_detector(config: DetectorConfig, num_classes: int) -> Detector:
+    """The network of a config.
+
+    Args:
+        config: of one of the kinds below.
+        num_classes: classes without the background, at least 1.
+
+    Raises:
+        UserError: a config value makes no sense.
+    """
+    if isinstance(config, SSDLiteConfig):
+        return SSDLite(config, num_classes)
+    raise TypeError(f"no detector is built from a {type(config).__name__}")
+
+
+def config_type(plain: Mapping[str, Any]) -> type[DetectorConfig]:
+    """The dataclass of a config that was read from a file; files from before there were kinds hold SSDLite.
+
+    Raises:
+        UserError: a kind that this version does not know.
+    """
+    kind = plain.get("kind", "ssdlite")
+    if kind not in _CONFIGS:
+        raise UserError(f"this is a detector of kind {kind!r}; this version knows {', '.join(_CONFIGS)}")
+    return _CONFIGS[kind]

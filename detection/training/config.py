@@ -1,0 +1,97 @@
+"""The composed config of a detector's training."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from backbones.errors import UserError
+from detection.data.augment import AugmentConfig
+from detection.engine.loop import TrainConfig
+from detection.engine.plain import from_plain
+from detection.models.build import config_type
+from detection.models.detector import DetectorConfig
+from detection.models.ssdlite import SSDLiteConfig
+from detection.postprocess import PostprocessConfig
+from detection.training.losses import LossConfig
+from detection.training.ssd_loss import SSDLossConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class SplitConfig:
+    annotations: Path | None = None
+    """A COCO json. Other formats: tools/convert_dataset.py."""
+    images: Path | None = None
+    """The folder that the file names in it start from."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    root: Path | None = None
+    """Relative paths of the splits start here."""
+    train: SplitConfig = field(default_factory=SplitConfig)
+    """Images to learn from."""
+    val: SplitConfig = field(default_factory=SplitConfig)
+    """Images to measure AP on."""
+    workers: int = 2
+    """Processes that read and augment images. 0: the training process itself."""
+    val_batch_size: int = 16
+    """Images of a batch in evaluation, per process. It changes speed and memory, not AP."""
+
+    def split(self, name: str) -> tuple[Path, Path]:
+        """(annotation file, image folder) of ``train`` or ``val``, under ``root``."""
+        split: SplitConfig = getattr(self, name)
+        for what, value in (("annotations", split.annotations), ("images", split.images)):
+            if value is None:
+                raise UserError(f"no --data.{name}.{what} given; it is needed to train")
+        root = self.root or Path()
+        return root / cast(Path, split.annotations), root / cast(Path, split.images)
+
+
+@dataclass(kw_only=True, slots=True)
+class DetectionConfig:
+    run_dir: Path = Path("runs/detector")
+    """Folder for everything that the training writes."""
+    weights: str | None = None
+    """Where to start: a detector (a checkpoint, .safetensors), a backbone or classifier (ours, torchvision's, timm's), or a
+    published name (tools/convert_weights.py --list). The network is then built as these weights need it."""
+    weights_part: Literal["all", "backbone"] = "all"
+    """Of a whole detector: everything, or the backbone alone under a new head with the config's taps and anchors."""
+    backbone_lr_scale: float = 1.0
+    """Factor of the learning rate in the backbone, which is trained already."""
+    model: DetectorConfig = field(default_factory=SSDLiteConfig)
+    """The network."""
+    loss: LossConfig = field(default_factory=SSDLossConfig)
+    """What it learns from."""
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    """How its predictions become detections."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """How training images are changed."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Which images."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long, how fast, on what."""
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "DetectionConfig":
+        """The config in a run's record.
+
+        Raises:
+            UserError: a field that this version does not know, or a value of another type; the message names it.
+        """
+        return from_plain(plain, cls, {DetectorConfig: config_type, LossConfig: lambda _: SSDLossConfig})
+
+    def validate(self) -> None:
+        """Raises UserError for values that make no sense, alone or together. Called once, after all overrides."""
+        for part in (self.model, self.model.backbone, self.loss, self.postprocess, self.augment, self.train):
+            part.validate()
+        if self.data.workers < 0 or self.data.val_batch_size < 1:
+            raise UserError(
+                f"data.workers must be at least 0 and data.val_batch_size at least 1, got {self.data.workers} and "
+                f"{self.data.val_batch_size}"
+            )
+        if self.backbone_lr_scale <= 0:
+            raise UserError(
+                f"backbone_lr_scale must be positive, got {self.backbone_lr_scale}; model.backbone.frozen_stages freezes"
+            )
+        self.loss.check(self.model)

@@ -1,0 +1,88 @@
+"""What every loss of a detector is: the contract between a loss, its config and the training step.
+
+Letters in shapes: B batch, A anchors, M objects of an image (padded).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TypeVar
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from detection.models.detector import Detector, DetectorConfig
+from detection.structures import RawPredictions, Target
+
+_Config = TypeVar("_Config", bound="LossConfig")
+
+
+class LossConfig(ABC):
+    """What a detector learns from: the base of one typed dataclass for each kind of loss."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def validate(self) -> None:
+        """Raises UserError for values that make no sense, alone or together."""
+
+    @abstractmethod
+    def check(self, model: DetectorConfig) -> None:
+        """Raises UserError where this loss trains another kind of output than the network gives."""
+
+    @abstractmethod
+    def fitted(self: _Config, model: DetectorConfig) -> tuple[_Config, str]:
+        """The config of the loss that trains this network's output, and a sentence on what is changed ("" for nothing)."""
+
+    @abstractmethod
+    def build(self, model: Detector) -> DetectionLoss:
+        """The loss for a network.
+
+        Raises:
+            UserError: it trains another kind of output than the network gives.
+        """
+
+
+class DetectionLoss(nn.Module, ABC):
+    """What the raw predictions of a batch should have been.
+
+    The whole batch at once: no loop over images, no boolean indexing, nothing that makes the host wait for the device, so
+    that the step compiles into one graph and CUDA never idles.
+    """
+
+    @abstractmethod
+    def forward(self, raw: RawPredictions, target: Target) -> dict[str, Tensor]:
+        """The loss of a batch.
+
+        Args:
+            raw: predictions [B, A, ...]; half precision is fine, the loss is computed in float32.
+            target: objects [B, M, ...] in pixels of the network's input.
+
+        Returns:
+            Scalars: ``loss``, to be minimised, its parts, and, for the log, ``positives`` (matched anchors an image).
+        """
+
+
+class TrainingStep(nn.Module):
+    """Network and loss as one module: what is compiled, wrapped in DDP and called once a step."""
+
+    def __init__(self, model: Detector, loss: DetectionLoss) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = loss
+
+    def forward(self, images: Tensor, boxes: Tensor, labels: Tensor, valid: Tensor) -> dict[str, Tensor]:
+        """uint8 [B, 3, H, W], and the fields of ``Target`` -> scalar losses, ``loss`` the one to minimise."""
+        losses: dict[str, Tensor] = self.loss(self.model(images), Target(boxes, labels, valid))
+        return losses
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of a scalar over all processes; itself where there is one process."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        import torch.distributed._functional_collectives as collectives  # in-graph, unlike dist.all_reduce
+
+        total: Tensor = collectives.all_reduce(value, "sum", torch.distributed.group.WORLD)  # type: ignore[arg-type]
+        return total / torch.distributed.get_world_size()
+    return value

@@ -1,0 +1,162 @@
+"""What is trained when a detector is trained: data, network, loss and AP as one task for the engine."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from backbones.weights.native import check_statistics
+from detection.data.augment import EvalTransform, TrainTransform
+from detection.data.coco import CocoIndex
+from detection.data.loader import DetectionDataset, build_loader
+from detection.data.summary import describe
+from detection.engine.runtime import Runtime
+from detection.evaluation.coco_ap import CocoEvaluator, evaluate
+from detection.images.draw import draw_detections, draw_target, image_grid
+from detection.models.build import build_detector
+from detection.models.detector import Detector
+from detection.postprocess import build_postprocess
+from detection.structures import Batch
+from detection.training.config import DetectionConfig
+from detection.training.losses import TrainingStep
+from detection.weights.hub import locate
+from detection.weights.info import DetectorInfo
+from detection.weights.start import adopt_network, start_from
+
+_log = logging.getLogger(__name__)
+
+_NUM_IMAGES = 8  # drawn for TensorBoard
+_SHOWN_SCORE = 0.3  # detections below are not drawn there
+
+
+class DetectionTask:
+    """Train a detector on one COCO file and measure its AP on another.
+
+    Args:
+        config: validated; its data must name both splits.
+        runtime: this process.
+
+    Attributes:
+        model: the network.
+        step: network and loss, what the engine calls.
+        metric: the figure that decides which weights are the best.
+        num_train: training images.
+        lr_scales: factor of the learning rate of the backbone.
+
+    Raises:
+        UserError, FileNotFoundError: no data, data that does not fit, weights that do not fit.
+    """
+
+    metric = "AP"
+
+    def __init__(self, config: DetectionConfig, runtime: Runtime) -> None:
+        self.config = config
+        self.runtime = runtime
+        train_file, self._train_images = config.data.split("train")
+        val_file, self._val_images = config.data.split("val")
+        self.train_index = CocoIndex.read(train_file).require_objects()
+        names = self.train_index.class_names
+        self.val_index = CocoIndex.read(val_file).with_categories(self.train_index.category_ids, names)
+        _log.info("%s", describe(self.train_index, config.model.input_size))
+        self.model = self._build_model()
+        self.step = TrainingStep(self.model, self.config.loss.build(self.model))
+        self.num_train = len(self.train_index)
+        self.lr_scales: Mapping[str, float] = {"backbone.": config.backbone_lr_scale}
+        self.postprocess = build_postprocess(self.model.config, config.postprocess, names)
+        self._train_loader = self._build_train_loader()
+        self._val_loader = self._build_val_loader()
+
+    def _build_model(self) -> Detector:
+        """The network, filled with the weights to start from and built as they need it, which the config then says."""
+        config, names = self.config, self.train_index.class_names
+        if config.weights is None:
+            return build_detector(config.model, len(names))
+        source = locate(config.weights)
+        config.model, remark = adopt_network(config.model, source, config.weights_part)
+        if remark:
+            _log.info("%s", remark)
+        config.loss, remark = config.loss.fitted(config.model)
+        if remark:
+            _log.info("%s", remark)
+        config.validate()
+        model = build_detector(config.model, len(names))
+        _log.info("%s", start_from(model, source, names, config.weights_part))
+        check_statistics(model.backbone, source)
+        return model
+
+    def _build_train_loader(self) -> DataLoader[Any]:
+        model, train = self.config.model, self.config.train
+        transform = TrainTransform(
+            self.config.augment,
+            model.input_size,
+            resize_mode=model.resize,
+            fill=self.model.config.fill,
+            seed=train.seed,
+        )
+        return build_loader(
+            DetectionDataset(self.train_index, self._train_images, transform),
+            batch_size=train.batch_size_per_process(self.runtime.world_size),
+            num_workers=self.config.data.workers,
+            seed=train.seed,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            pin_memory=self.runtime.device.type == "cuda",
+        )
+
+    def _build_val_loader(self) -> DataLoader[Any]:
+        model = self.config.model
+        transform = EvalTransform(model.input_size, resize_mode=model.resize, fill=self.model.config.fill)
+        return build_loader(
+            DetectionDataset(self.val_index, self._val_images, transform),
+            batch_size=self.config.data.val_batch_size,
+            num_workers=self.config.data.workers,
+            rank=self.runtime.rank,
+            world_size=self.runtime.world_size,
+            pin_memory=self.runtime.device.type == "cuda",
+        )
+
+    def train_loader(self) -> DataLoader[Any]:
+        return self._train_loader
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """The twelve COCO figures on the validation images."""
+        evaluator = CocoEvaluator(self.val_index)
+        evaluate(model, self._val_loader, self.postprocess, evaluator, self.runtime.device, amp=self.config.train.amp)
+        evaluator.merge_across_processes()
+        return evaluator.compute().figures if self.runtime.is_main else {}
+
+    def checkpoint_extra(self) -> dict[str, Any]:
+        info = DetectorInfo(
+            model=self.model.config,
+            postprocess=self.config.postprocess,
+            class_names=self.train_index.class_names,
+            category_ids=tuple(self.train_index.category_ids.tolist()),
+        )
+        return {"detector": info.to_plain()}
+
+    def log_images(self, writer: SummaryWriter, step: int, batch: Batch, model: nn.Module) -> None:
+        """Training images with the boxes they teach, and what the network finds in them now."""
+        shown = slice(0, _NUM_IMAGES)
+        images = batch.images[shown].permute(0, 2, 3, 1).cpu().numpy()
+        names = self.train_index.class_names
+        targets = [
+            draw_target(image, boxes[valid].numpy(), labels[valid].numpy(), names)
+            for image, boxes, labels, valid in zip(
+                images, batch.boxes[shown].cpu(), batch.labels[shown].cpu(), batch.valid[shown].cpu(), strict=True
+            )
+        ]
+        writer.add_image("training/targets", image_grid(targets), step, dataformats="HWC")
+        with torch.inference_mode():
+            raw = model(batch.images[shown])
+        # The image is the network's input itself: it lies where it is.
+        height, width = batch.images.shape[-2:]
+        placements = torch.tensor([[1.0, 1.0, 0.0, 0.0]], device=raw.codes.device).expand(len(images), 4)
+        sizes = torch.tensor([[height, width]], device=placements.device).expand(len(images), 2)
+        found = [d.cpu().above(_SHOWN_SCORE) for d in self.postprocess(raw, placements, sizes)]
+        drawn = [draw_detections(np.ascontiguousarray(image), d) for image, d in zip(images, found, strict=True)]
+        writer.add_image("training/predictions", image_grid(drawn), step, dataformats="HWC")

@@ -1,0 +1,44 @@
+"""What travels with a detector's weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from detection.engine.plain import from_plain, to_plain
+from detection.models.build import config_type
+from detection.models.detector import DetectorConfig
+from detection.postprocess import PostprocessConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class DetectorInfo:
+    """What has to travel with a detector's weights so that they can be used.
+
+    Attributes:
+        model: how the network is built.
+        postprocess: how its predictions become detections in an evaluation.
+        class_names: name of each label.
+        category_ids: id of each label in the annotation files it learnt from.
+        source: where the weights come from.
+        licence: what may be done with them, as far as known.
+    """
+
+    model: DetectorConfig
+    postprocess: PostprocessConfig
+    class_names: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    source: str = ""
+    licence: str = ""
+
+    def to_plain(self) -> dict[str, Any]:
+        """Dicts, lists, numbers and texts, fit for json and for a checkpoint."""
+        return to_plain(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> "DetectorInfo":
+        """The inverse of ``to_plain``.
+
+        Raises:
+            UserError: a kind of detector or a field that this version does not know, or a value of another type.
+        """
+        return from_plain(plain, cls, {DetectorConfig: config_type})

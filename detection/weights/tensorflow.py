@@ -1,0 +1,455 @@
+"""SSDLite detectors of the TensorFlow Object Detection API (``frozen_inference_graph.pb``), read into our network.
+
+The graph is read with the protobufs that tensorboard ships; no TensorFlow. Beside the weights it holds everything else
+that makes the detector: input size and normalisation, padding, epsilon, taps, anchors, box code, score, suppression. What
+the graph says is taken, and what our network cannot be is refused.
+
+Letters in shapes: I O channels in and out.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from backbones.errors import UserError
+from backbones.features import FeatureSpec
+from backbones.layers import ConvNormAct
+from backbones.mobilenetv2 import PAPER_SETTINGS, MobileNetV2, MobileNetV2Config
+from backbones.weights.layouts import PUBLIC_WIDTHS
+from detection.models.anchors import AnchorConfig, AnchorGenerator
+from detection.models.heads import Extras
+from detection.models.ssdlite import SSDLite, SSDLiteConfig
+from detection.postprocess import PostprocessConfig
+from detection.weights.coco_classes import COCO_CLASSES
+from detection.weights.info import DetectorInfo
+
+_SCOPE = "FeatureExtractor/MobilenetV2/"
+_SPARSE_COCO = 90  # outputs of a detector whose classes are COCO's ids
+_NEXT = ("Identity", "CheckNumerics")
+
+
+@dataclass(slots=True)
+class Graph:
+    """The nodes of a GraphDef by name."""
+
+    path: Path
+    nodes: Mapping[str, Any]
+
+    def constant(self, name: str) -> NDArray[Any] | None:
+        """The value of a constant, None where there is no such node."""
+        node = self.nodes.get(name)
+        if node is None or node.op != "Const":
+            return None
+        return tensor_value(node.attr["value"].tensor)
+
+    def constants_ending(self, scope: str, end: str) -> list[NDArray[Any]]:
+        """All constants within a scope whose name ends so."""
+        names = [name for name in self.nodes if name.startswith(scope) and name.endswith(end)]
+        return [value for name in sorted(names) if (value := self.constant(name)) is not None]
+
+    def source(self, name: str) -> str:
+        """The name of the node that gives an input, past nodes that change nothing."""
+        name = name.lstrip("^").split(":")[0]
+        while name in self.nodes and self.nodes[name].op in _NEXT:
+            name = self.nodes[name].input[0].split(":")[0]
+        return name
+
+
+def is_frozen_graph(path: Path) -> bool:
+    """Whether a file parses as a GraphDef with nodes."""
+    with path.open("rb") as file:
+        if file.read(1) != b"\n":  # field 1 of a GraphDef: a node
+            return False
+    try:
+        return bool(_read_graph(path).nodes)
+    except ValueError:
+        return False
+
+
+def read_frozen_graph(path: Path, class_names: tuple[str, ...] = ()) -> tuple[SSDLite, DetectorInfo, list[str]]:
+    """The detector of a frozen graph.
+
+    The graph does not name its classes. 90 are taken for COCO's ids; the ten that COCO has no class for are dropped where
+    scores are sigmoids, which do not depend on each other.
+
+    Args:
+        path: a ``frozen_inference_graph.pb`` of ``ssdlite_mobilenet_v2_*``.
+        class_names: names of the classes without the background, in the order of the graph.
+
+    Returns:
+        The detector in evaluation mode, what travels with it, and remarks on what was done.
+
+    Raises:
+        UserError: another kind of graph, or one that our network cannot be; everything that differs is named.
+    """
+    graph = _read_graph(path)
+    convolutions = {
+        name.rpartition("/")[0]
+        for name in graph.nodes
+        if name.endswith(("/weights", "/depthwise_weights")) and graph.nodes[name].op == "Const"
+    }
+    if f"{_SCOPE}Conv" not in convolutions or "BoxPredictor_0/BoxEncodingPredictor" not in convolutions:
+        raise UserError(
+            f"{path} is a TensorFlow graph of {len(graph.nodes)} nodes, but not of ssdlite_mobilenet_v2: expected are "
+            f"{_SCOPE}Conv/weights and BoxPredictor_0/BoxEncodingPredictor/weights; it has "
+            f"{', '.join(sorted(convolutions)[:4]) or 'no weights'}"
+        )
+    columns = _columns(graph)
+    names, ids, keep, remarks = _classes(graph, columns - 1, class_names)
+    config = _config(graph, convolutions)
+    model = SSDLite(config, columns - 1)
+    state = _state(graph, model, convolutions)
+    model.load_state_dict(state)
+    if len(keep) < columns - 1:
+        state = _drop_columns(state, model.class_tensors(), [0, *(label + 1 for label in keep)], columns)
+        model = SSDLite(config, len(keep))
+        model.load_state_dict(state)
+    info = DetectorInfo(
+        model=model.config,
+        postprocess=_postprocess(graph),
+        class_names=names,
+        category_ids=ids,
+        source=f"{path.name} (TensorFlow Object Detection API)",
+    )
+    return model.eval(), info, remarks
+
+
+def tensor_value(tensor: Any) -> NDArray[Any]:
+    """A TensorProto as an array.
+
+    Raises:
+        UserError: of a type that no detector's weights have.
+    """
+    dtypes = {1: (np.float32, "float_val"), 3: (np.int32, "int_val"), 9: (np.int64, "int64_val"), 19: (np.float16, "")}
+    if tensor.dtype not in dtypes:
+        return np.array(None)  # texts and the like: nothing here reads them
+    dtype, name = dtypes[tensor.dtype]
+    shape = [dim.size for dim in tensor.tensor_shape.dim]
+    if tensor.tensor_content:
+        return np.frombuffer(tensor.tensor_content, dtype).reshape(shape)
+    values = np.array(getattr(tensor, name, []), dtype) if name else np.array([], dtype)
+    # One value stands for all, as TensorFlow writes constants that are the same everywhere.
+    return values.reshape(shape) if values.size == math.prod(shape) else np.broadcast_to(values[-1:], shape)
+
+
+def _read_graph(path: Path) -> Graph:
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto.graph_pb2 import GraphDef
+
+    try:
+        graph = GraphDef.FromString(path.read_bytes())
+    except DecodeError as error:
+        raise UserError(f"{path} is not a TensorFlow graph: {error}") from error
+    return Graph(path, {node.name: node for node in graph.node})
+
+
+def _columns(graph: Graph) -> int:
+    """Columns of class logits an anchor, the background among them."""
+    boxes = graph.constant("BoxPredictor_0/BoxEncodingPredictor/biases")
+    classes = graph.constant("BoxPredictor_0/ClassPredictor/biases")
+    if boxes is None or classes is None or len(classes) % (len(boxes) // 4):
+        raise UserError(f"{graph.path}: BoxPredictor_0 has no biases of boxes and classes that fit together")
+    return len(classes) // (len(boxes) // 4)
+
+
+def _classes(
+    graph: Graph, num_classes: int, class_names: tuple[str, ...]
+) -> tuple[tuple[str, ...], tuple[int, ...], list[int], list[str]]:
+    """Names, ids in annotation files, the labels that are kept, remarks."""
+    if class_names:
+        if len(class_names) != num_classes:
+            raise UserError(f"{graph.path} has {num_classes} classes, {len(class_names)} names were given")
+        return class_names, tuple(range(1, num_classes + 1)), list(range(num_classes)), []
+    if num_classes != _SPARSE_COCO:
+        names = tuple(f"class {label + 1}" for label in range(num_classes))
+        remark = (
+            f"the graph does not name its {num_classes} classes; they are called {names[0]!r}, ... here (--class-names)"
+        )
+        return names, tuple(range(1, num_classes + 1)), list(range(num_classes)), [remark]
+    if _score(graph) == "softmax":
+        names = tuple(COCO_CLASSES.get(number, f"unused {number}") for number in range(1, 91))
+        return names, tuple(range(1, 91)), list(range(90)), ["90 classes are taken for COCO's ids"]
+    remark = "90 classes are taken for COCO's ids; the ten ids that COCO has no class for are dropped"
+    return tuple(COCO_CLASSES.values()), tuple(COCO_CLASSES), [number - 1 for number in COCO_CLASSES], [remark]
+
+
+def _config(graph: Graph, convolutions: set[str]) -> SSDLiteConfig:
+    backbone = MobileNetV2Config(
+        width=_width(graph), padding="tf_same", norm_eps=_epsilon(graph, f"{_SCOPE}Conv"), norm_momentum=0.03
+    )
+    extras = sorted(
+        (int(found[1]), name)
+        for name in convolutions
+        if (found := re.fullmatch(rf"{_SCOPE}layer_\d+_2_Conv2d_(\d+)_3x3_s2_\d+", name))
+    )
+    sizes = graph.constants_ending("Preprocessor/", "ResizeImage/stack")
+    if not sizes or sizes[0].shape != (2,):
+        raise UserError(
+            f"{graph.path} does not resize its input to a fixed size (Preprocessor/.../ResizeImage/stack is missing); "
+            "graphs with a fixed_shape_resizer are read"
+        )
+    multiplier, subtracted = graph.constant("Preprocessor/mul/x"), graph.constant("Preprocessor/sub/y")
+    mean, std = 0.5, 0.5
+    if multiplier is not None and subtracted is not None:  # pixel * multiplier - subtracted
+        std = round(1 / (255 * float(multiplier)), 6)
+        mean = round(float(subtracted) * std, 6)
+    config = SSDLiteConfig(
+        backbone=backbone,
+        input_size=(int(sizes[0][0]), int(sizes[0][1])),
+        resize="stretch_tensorflow",
+        features=_taps(graph),
+        extra_channels=tuple(len(_required(graph, f"{name}/BatchNorm/beta")) for _, name in extras),
+        score=_score(graph),
+        background_column=True,
+        norm_eps=_epsilon(graph, "BoxPredictor_0/BoxEncodingPredictor_depthwise"),
+        mean=(mean, mean, mean),
+        std=(std, std, std),
+    )
+    config.anchors = _anchors(graph, config)
+    coder = [float(value) for name in ("truediv/y", "truediv_1/y", "truediv_2/y", "truediv_3/y")
+             if (value := graph.constant(f"Postprocessor/Decode/{name}")) is not None]  # fmt: skip
+    if coder and coder != [10.0, 10.0, 5.0, 5.0]:
+        raise UserError(f"{graph.path}: the scales of its box code are {coder}, ours are 10, 10, 5, 5")
+    return config
+
+
+def _width(graph: Graph) -> float:
+    channels = [len(_required(graph, f"{_SCOPE}{name}/BatchNorm/beta"))
+                for name in ("Conv", "expanded_conv/project", "expanded_conv_16/project")]  # fmt: skip
+    for width in PUBLIC_WIDTHS:
+        with torch.device("meta"):
+            specs = MobileNetV2(MobileNetV2Config(width=width)).feature_specs
+        if [specs[name].channels for name in ("stem", "stage1", "stage7")] == channels:
+            return width
+    raise UserError(
+        f"{graph.path}: stem, first and last block have {channels} channels, which fits none of the widths "
+        f"{', '.join(map(str, PUBLIC_WIDTHS))}; at width 1 they are [32, 16, 320]"
+    )
+
+
+def _taps(graph: Graph) -> tuple[str, ...]:
+    """Names of the backbone's maps that the first two predictors see, read off the graph's edges."""
+    stride16 = sum(n for _, _, n, _ in PAPER_SETTINGS[:5])  # blocks before the first at stride 32, counted from 0
+    known = {
+        f"{_SCOPE}expanded_conv_{stride16}/expand/Relu6": "stride16_expansion",
+        f"{_SCOPE}expanded_conv_{stride16 - 1}/depthwise/Relu6": "stride16_depthwise",
+        f"{_SCOPE}Conv_1/Relu6": "last",
+    }
+    taps = []
+    for k in range(2):
+        node = graph.nodes.get(f"BoxPredictor_{k}/BoxEncodingPredictor_depthwise/depthwise")
+        source = graph.source(node.input[0]) if node is not None and node.input else "nothing"
+        if source not in known:
+            raise UserError(
+                f"{graph.path}: BoxPredictor_{k} sees {source}; known are {', '.join(known)} (SSDLite's, with separable "
+                "convolutions)"
+            )
+        taps.append(known[source])
+    return tuple(taps)
+
+
+def _score(graph: Graph) -> Literal["softmax", "sigmoid"]:
+    ops = {node.op for name, node in graph.nodes.items() if name.startswith("Postprocessor/")}
+    if "Softmax" in ops:
+        return "softmax"
+    if "Sigmoid" in ops:
+        return "sigmoid"
+    raise UserError(f"{graph.path}: no Sigmoid or Softmax makes scores of its logits (Postprocessor/convert_scores)")
+
+
+def _anchors(graph: Graph, config: SSDLiteConfig) -> AnchorConfig:
+    """The anchors, from the constants of the graph's own generator where it still has them.
+
+    For map k it computes scales / sqrt(ratios) and scales * sqrt(ratios): each Sqrt node has the ratios before it and the
+    scales beside it.
+    """
+    scope = "MultipleGridAnchorGenerator/"
+    shapes: list[tuple[NDArray[Any], NDArray[Any]]] = []
+    roots = [name for name, node in graph.nodes.items() if name.startswith(scope) and node.op == "Sqrt"]
+    for root in sorted(roots, key=lambda name: int(name.rpartition("_")[2]) if name[-1].isdigit() else 0):
+        ratios = graph.constant(graph.source(graph.nodes[root].input[0]))
+        for node in graph.nodes.values():
+            if node.op == "Mul" and root in [graph.source(name) for name in node.input]:
+                beside = next(name for name in map(graph.source, node.input) if name != root)
+                scales = graph.constant(beside)
+                if ratios is not None and scales is not None:
+                    shapes.append((ratios, scales))
+                    break
+    # TensorFlow's third ratio is written 0.3333, which moves an anchor's edge by 0.02 pixels against 1 / 3.
+    usual = AnchorConfig(ratios=(1.0, 2.0, 0.5, 3.0, 0.3333))
+    if not shapes:
+        return usual
+    reduced = len(shapes[0][0]) == 3
+    own = [float(scales[1 if k == 0 and reduced else 0]) for k, (_, scales) in enumerate(shapes)]
+    last = float(shapes[-1][1][-1]) ** 2 / own[-1]  # the square anchor between two scales is their geometric mean
+    own_ratios = tuple(round(float(ratio), 6) for ratio in shapes[-1][0][:-1])
+    anchors = AnchorConfig(
+        scales=tuple(round(scale, 4) for scale in [*own, last]), ratios=own_ratios, reduce_first_map=reduced
+    )
+    specs = _specs(config)
+    if len(specs) != len(shapes):
+        raise UserError(f"{graph.path} has anchors for {len(shapes)} maps and {len(specs)} maps")
+    for k, ((ratios_of_map, scales), ours) in enumerate(
+        zip(shapes, AnchorGenerator(anchors, specs).shapes, strict=True)
+    ):
+        theirs = np.stack([scales * np.sqrt(ratios_of_map), scales / np.sqrt(ratios_of_map)], 1)
+        if theirs.shape != np.shape(ours) or not np.allclose(theirs, ours, atol=1e-3):
+            raise UserError(
+                f"{graph.path}: the anchors of map {k} are (width, height) {theirs.round(3).tolist()}, as shares of the "
+                f"input; ours can be {np.round(ours, 3).tolist()}"
+            )
+    usual_scales = AnchorGenerator(usual, specs).shapes
+    same = own_ratios == usual.ratios and all(
+        np.allclose(a, b, atol=1e-4) for a, b in zip(usual_scales, AnchorGenerator(anchors, specs).shapes, strict=True)
+    )
+    return usual if same and reduced else anchors
+
+
+def _specs(config: SSDLiteConfig) -> list[FeatureSpec]:
+    with torch.device("meta"):
+        backbone = MobileNetV2(config.backbone, config.features)
+        specs = [backbone.feature_specs[name] for name in config.features]
+        return specs + Extras(specs[-1], config.extra_channels, "tf_same", ConvNormAct).feature_specs
+
+
+def _postprocess(graph: Graph) -> PostprocessConfig:
+    config = PostprocessConfig(nms_threshold=0.6, max_detections=100)
+    thresholds = graph.constants_ending("Postprocessor/", "non_max_suppression/iou_threshold")
+    if thresholds:
+        config.nms_threshold = round(float(thresholds[0]), 6)
+    limits = graph.constants_ending("Postprocessor/", "MultiClassNonMaxSuppression/Minimum/x")
+    if limits:
+        config.max_detections = int(limits[0])
+    return config
+
+
+def _state(graph: Graph, model: SSDLite, convolutions: set[str]) -> dict[str, Tensor]:
+    """The model's state dict from the graph; every tensor that is missing, unused or of another shape is named."""
+    table = _layers(model, convolutions)
+    own, boxes = model.state_dict(), model.box_tensors()
+    problems, state = [], {}
+    for ours, theirs in table.items():
+        for key, tensor in own.items():
+            if key.rpartition(".")[0] not in (ours, f"{ours}.conv", f"{ours}.norm"):
+                continue
+            if key.endswith("num_batches_tracked"):
+                state[key] = torch.zeros((), dtype=torch.int64)
+                continue
+            name, value = _tensor(graph, theirs, key)
+            if value is None:
+                problems.append(f"  missing: {name} (our {key} {list(tensor.shape)})")
+                continue
+            ours_of_theirs = _to_torch(value, name, key in boxes)
+            if ours_of_theirs.shape != tensor.shape:
+                problems.append(
+                    f"  shape: {name} gives {list(ours_of_theirs.shape)}, our {key} is {list(tensor.shape)}"
+                )
+                continue
+            state[key] = ours_of_theirs
+        eps = model.config.backbone.norm_eps if ours.startswith("backbone.") else model.config.norm_eps
+        problems += _check_operators(graph, theirs, eps)
+    problems += [f"  not expected: {name}" for name in sorted(convolutions - set(table.values()))]
+    problems += [f"  missing: {key} {list(own[key].shape)}" for key in own if key not in state and not problems]
+    if problems:
+        raise UserError(
+            "\n".join(
+                [f"{graph.path} does not fit our network, nothing was read ({len(problems)} differences):", *problems]
+            )
+        )
+    return state
+
+
+def _layers(model: SSDLite, convolutions: set[str]) -> dict[str, str]:
+    """Our layers -> scopes of the graph."""
+    table = {"backbone.stem": f"{_SCOPE}Conv", "backbone.last": f"{_SCOPE}Conv_1"}
+    number = 0
+    for stage, (expansion, _, num_blocks, _) in enumerate(PAPER_SETTINGS, start=1):
+        for block in range(num_blocks):
+            scope = f"{_SCOPE}expanded_conv" + (f"_{number}" if number else "")
+            number += 1
+            for part in ("expand", "depthwise", "project") if expansion > 1 else ("depthwise", "project"):
+                table[f"backbone.stage{stage}.{block}.{part}"] = f"{scope}/{part}"
+    names = {}  # "2_1x1" -> scope; the numbers of channels and layers in their names are not needed
+    for name in convolutions:
+        found = re.fullmatch(rf"{_SCOPE}layer_\d+_[12]_Conv2d_(\d+)_(1x1|3x3_s2)_\d+(_depthwise)?", name)
+        if found:
+            names[found[1], found[2] + (found[3] or "")] = name
+    numbers = sorted({number for number, _ in names}, key=int)
+    for index, layer in enumerate(numbers[: len(model.extras.blocks)]):
+        for place, part in enumerate(("1x1", "3x3_s2_depthwise", "3x3_s2")):
+            table[f"extras.blocks.{index}.{place}"] = names.get((layer, part), f"{_SCOPE}layer_*_Conv2d_{layer}_{part}")
+    for index in range(len(model.head.box)):
+        for ours, theirs in (("box", "BoxEncodingPredictor"), ("classes", "ClassPredictor")):
+            table[f"head.{ours}.{index}.0"] = f"BoxPredictor_{index}/{theirs}_depthwise"
+            table[f"head.{ours}.{index}.1"] = f"BoxPredictor_{index}/{theirs}"
+    return table
+
+
+def _tensor(graph: Graph, scope: str, key: str) -> tuple[str, NDArray[Any] | None]:
+    """The graph's name and value of one of our tensors in a layer."""
+    norms = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_variance"}
+    last = key.rpartition(".")[2]
+    if ".norm." in key:
+        name = f"{scope}/BatchNorm/{norms[last]}"
+    elif last == "bias":
+        name = f"{scope}/biases"
+    else:
+        name = f"{scope}/weights" if f"{scope}/weights" in graph.nodes else f"{scope}/depthwise_weights"
+    return name, graph.constant(name)
+
+
+def _to_torch(value: NDArray[Any], name: str, of_boxes: bool) -> Tensor:
+    """A tensor of the graph in torch's order of axes and our order of box numbers."""
+    tensor = torch.from_numpy(np.array(value, np.float32))
+    if tensor.dim() == 4:
+        # [h, w, I, O] -> [O, I, h, w]; depthwise [h, w, C, 1] -> [C, 1, h, w]
+        tensor = tensor.permute((2, 3, 0, 1) if name.endswith("depthwise_weights") else (3, 2, 0, 1))
+    if of_boxes:  # y, x, h, w an anchor -> x, y, w, h
+        tensor = tensor.unflatten(0, (-1, 4))[:, [1, 0, 3, 2]].flatten(0, 1)
+    return tensor.contiguous()
+
+
+def _check_operators(graph: Graph, scope: str, eps: float) -> list[str]:
+    """What the layer's operators do otherwise than ours: padding, epsilon of the norm."""
+    problems = []
+    for kind in ("Conv2D", "depthwise"):
+        node = graph.nodes.get(f"{scope}/{kind}")
+        if node is not None and node.attr["padding"].s not in (b"", b"SAME"):
+            problems.append(f"  {scope}/{kind}: padding {node.attr['padding'].s.decode()}, ours is SAME")
+    if f"{scope}/BatchNorm/beta" in graph.nodes and abs(_epsilon(graph, scope) - eps) > 1e-9:
+        problems.append(f"  {scope}/BatchNorm: epsilon {_epsilon(graph, scope):g}, expected {eps:g} as in the others")
+    return problems
+
+
+def _epsilon(graph: Graph, scope: str) -> float:
+    """Epsilon of the layer's batch norm; 0.001, the API's default, where its operator is not there."""
+    for name in ("FusedBatchNorm", "FusedBatchNormV3"):
+        node = graph.nodes.get(f"{scope}/BatchNorm/{name}")
+        if node is not None and "epsilon" in node.attr:
+            return round(float(node.attr["epsilon"].f), 9)
+    return 1e-3
+
+
+def _required(graph: Graph, name: str) -> NDArray[Any]:
+    value = graph.constant(name)
+    if value is None:
+        raise UserError(f"{graph.path}: the constant {name} is missing")
+    return value
+
+
+def _drop_columns(
+    state: dict[str, Tensor], class_tensors: frozenset[str], keep: list[int], columns: int
+) -> dict[str, Tensor]:
+    """Leave only some columns of class logits."""
+    return {
+        key: tensor.unflatten(0, (-1, columns))[:, keep].flatten(0, 1) if key in class_tensors else tensor
+        for key, tensor in state.items()
+    }

@@ -1,1 +1,0 @@
-"""The commands a user types; each has a main(argv)."""
