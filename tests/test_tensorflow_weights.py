@@ -403,7 +403,7 @@ def test_a_backbones_file_sets_the_backbone(drawn: DetectionSet, converted_file:
     begun = task(drawn, tmp_path / "b.safetensors")
     model = begun.model
     assert (model.config.backbone.padding, model.config.backbone.width, model.config.mean) == ("tf_same", 0.35, half)
-    assert model.mean.flatten().tolist() == pytest.approx([127.5] * 3)
+    assert model.normalise.mean.flatten().tolist() == pytest.approx([127.5] * 3)
     assert torch.equal(model.backbone.stem.conv.weight, start.backbone.stem.conv.weight)
 
 
