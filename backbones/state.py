@@ -1,10 +1,16 @@
 """Files that are whole or not there, and state dicts that fit or are refused: once for everything that is saved and loaded."""
 
 import contextlib
+import hashlib
 import os
+import re
+import stat
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from backbones.errors import UserError
@@ -22,6 +28,7 @@ def write_whole(path: str | Path, content: bytes | memoryview, *, durable: bool 
         OSError: it cannot be written (full disk, no permission); it names ``path``, and nothing is left behind.
     """
     path = Path(path)
+    _refuse_null(path)
     temporary = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,14 +47,90 @@ def write_whole(path: str | Path, content: bytes | memoryview, *, durable: bool 
         ) from error
 
 
+def existing_file(path: str | Path, what: str = "a weights file") -> Path:
+    """The path of a file that is there and can be read to its end.
+
+    Args:
+        path: of the file.
+        what: what is expected, for the message: "is a folder, not ...".
+
+    Raises:
+        FileNotFoundError: it does not exist, or is a folder.
+        UserError: it is empty, no regular file (a pipe would be waited for without end), or its name cannot be a path.
+        OSError: the folders before it cannot be searched, or the name is too long.
+    """
+    path = Path(path)
+    _refuse_null(path)
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{path} does not exist; {what} was expected") from error
+    if stat.S_ISDIR(status.st_mode):
+        raise FileNotFoundError(f"{path} is a folder, not {what}")
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"{path} is a pipe or a device, not {what}; copy its content to a file")
+    if not status.st_size:
+        raise UserError(f"{path} is empty, not {what}")
+    return path
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def load_plain(path: str | Path, device: torch.device | str = "cpu", what: str = "a weights file") -> Any:
+    """What ``torch.save`` wrote, if it is tensors and plain data; no code that a file may hold is run.
+
+    Args:
+        path: of the file.
+        device: where the tensors go.
+        what: what is expected, for the message.
+
+    Raises:
+        FileNotFoundError, OSError: see ``existing_file``, or it cannot be read.
+        UserError: it is damaged, of another kind, holds something that only code can restore, or claims to unpack to far
+            more than it is.
+    """
+    path = existing_file(path, what)
+    with path.open("rb") as file:  # an OSError from here on is the file's content
+        packed = file.read(2) == b"PK"
+    try:
+        if packed:
+            _refuse_bomb(path)
+        return torch.load(path, map_location=device, weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # unpickling garbage raises nearly anything
+        # Never torch's own text: it advises to load the file with its code.
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found:
+            reason = f"it holds a {found[1]}, which only code can restore, and code of a file is not run"
+        else:
+            reason = f"it is damaged, or another kind of file ({type(error).__name__})"
+        raise UserError(f"{path} is not {what} that can be read: {reason}") from error
+
+
 def misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """A line for every tensor of one state dict that is missing, not expected or of another shape in another."""
+    """A line for every tensor of one state dict that is missing, not expected or of another kind in another."""
     lines = [f"missing: {name} {list(tensor.shape)}" for name, tensor in own.items() if name not in given]
     lines += [f"not expected: {name} {list(tensor.shape)}" for name, tensor in given.items() if name not in own]
     lines += [
         f"{name}: expected shape {list(tensor.shape)}, given {list(given[name].shape)}"
         for name, tensor in own.items()
         if name in given and given[name].shape != tensor.shape
+    ]
+    # A copy would turn one into the other in silence; how many bits a number has does not matter.
+    lines += [
+        f"{name}: expected {tensor.dtype}, given {given[name].dtype}"
+        for name, tensor in own.items()
+        if name in given
+        and (tensor.is_floating_point(), tensor.is_complex())
+        != (given[name].is_floating_point(), given[name].is_complex())
     ]
     return lines
 
@@ -62,7 +145,17 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str | Pat
         hint: what the message says of the likely cause.
 
     Raises:
-        UserError: names every tensor that is missing, not expected or of another shape.
+        UserError: names every tensor that is missing, not expected, of another shape, or integers for floats.
+    """
+    check_state(module, state, source, hint)
+    module.load_state_dict(dict(state))
+
+
+def check_state(module: nn.Module, state: Mapping[str, Tensor], source: str | Path, hint: str = "") -> None:
+    """What ``load_state`` checks, alone. With a network on the meta device it costs no memory for tensors.
+
+    Raises:
+        UserError: as ``load_state``.
     """
     own = module.state_dict()
     lines = misfits(own, state)
@@ -71,4 +164,16 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str | Pat
             f"{source} does not fit the network, nothing was loaded ({len(lines)} of {len(own)} tensors differ){hint}:"
         )
         raise UserError("\n  ".join([head, *lines]))
-    module.load_state_dict(dict(state))
+
+
+def _refuse_null(path: Path) -> None:
+    if "\0" in str(path):
+        raise UserError(f"{str(path)!r} cannot be the name of a file: it holds a null character")
+
+
+def _refuse_bomb(path: Path) -> None:
+    """torch stores without compression: a file that unpacks to much more than it is was not written by it."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > 2 * path.stat().st_size + (1 << 20):
+        raise UserError(f"{path} is compressed and would unpack to {unpacked} bytes; torch.save does not compress")

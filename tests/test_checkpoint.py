@@ -1,5 +1,7 @@
 """Checkpoints: round trip, what is refused, and that a reader never meets half a file."""
 
+import os
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import IO, Any
@@ -9,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from backbones.state import load_state
+from backbones.errors import UserError
+from backbones.state import load_state, write_whole
 from detection.engine.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -61,11 +64,11 @@ def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nothing\.pt: no such checkpoint file"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pt does not exist; a checkpoint was expected"):
         load_checkpoint(tmp_path / "nothing.pt")
 
 
-@pytest.mark.parametrize("data", [b"", b"not a checkpoint at all", b"PK\x03\x04 a zip file that ends too early"])
+@pytest.mark.parametrize("data", [b"not a checkpoint at all", b"PK\x03\x04 a zip file that ends too early"])
 def test_file_of_another_kind(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "a.pt"
     path.write_bytes(data)
@@ -84,7 +87,10 @@ def test_damaged_checkpoint(tmp_path: Path) -> None:
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save(nn.Linear(1, 1), path)
-    with pytest.raises(ValueError, match="is not a checkpoint that can be read"):
+    with pytest.raises(
+        ValueError,
+        match=r"a\.pt is not a checkpoint that can be read: it holds a torch.nn.modules.linear.Linear, which only code",
+    ):
         load_checkpoint(path)
 
 
@@ -127,3 +133,39 @@ def test_every_mismatch_is_named_and_nothing_is_loaded() -> None:
         "  0.weight: expected shape [3, 2], given [3, 4]",
     ]
     torch.testing.assert_close(target.state_dict(), before, rtol=0, atol=0)
+
+
+def test_an_integer_is_no_float() -> None:
+    with pytest.raises(UserError, match=r"bias: expected torch\.float32, given torch\.int64"):
+        load_state(nn.Linear(2, 3), {"weight": torch.zeros(3, 2), "bias": torch.zeros(3, dtype=torch.int64)}, "a.pt")
+    load_state(nn.Linear(2, 3), {"weight": torch.zeros(3, 2).half(), "bias": torch.zeros(3)}, "a.pt")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "empty.pt").touch()
+    with pytest.raises(UserError, match=r"empty\.pt is empty, not a checkpoint"):
+        load_checkpoint(tmp_path / "empty.pt")
+    with pytest.raises(FileNotFoundError, match="is a folder, not a checkpoint"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(UserError, match=r"'a\\x00b\.pt' cannot be the name of a file: it holds a null character"):
+        load_checkpoint("a\0b.pt")
+    with pytest.raises(UserError, match="it holds a null character"):
+        write_whole(tmp_path / "a\0b.pt", b"")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_checkpoint(tmp_path / "empty.pt" / "a.pt")
+    os.mkfifo(tmp_path / "pipe.pt")  # opening it would wait for a writer
+    with pytest.raises(UserError, match=r"pipe\.pt is a pipe or a device"):
+        load_checkpoint(tmp_path / "pipe.pt")
+
+
+def test_a_file_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None:
+    torch.save({"format": "litedet checkpoint", "version": 1, "weights": torch.zeros(4 << 20)}, tmp_path / "a.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as old,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    assert (tmp_path / "b.pt").stat().st_size < 100_000
+    with pytest.raises(UserError, match=r"b\.pt is compressed and would unpack to 1\d{7} bytes"):
+        load_checkpoint(tmp_path / "b.pt")

@@ -1,16 +1,22 @@
 """Recipes, overrides, plain data. Run: pytest tests/test_config.py"""
 
+import dataclasses
 import importlib
 import inspect
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
+from backbones.errors import UserError
+from backbones.mobilenetv2 import PAPER_SETTINGS
 from detection.cli.recipes import load_config
 from detection.engine.plain import from_plain, to_plain
 from detection.models.build import build_detector
+from detection.models.ssdlite import SSDLiteConfig
 from detection.training.config import DetectionConfig
+from detection.training.ssd_loss import SSDLossConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,3 +134,162 @@ def test_values_that_do_not_go_together() -> None:
 def test_plain_data_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no DetectionConfig: Expected `int`.*epochs"):
         from_plain({"train": {"epochs": "many"}}, DetectionConfig)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Inner:
+    renamed_fields: ClassVar[dict[str, str | None]] = {"speed": "lr", "verbose": None}
+    lr: float = 0.1
+    """The learning rate."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Outer:
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    perhaps: Inner | None = None
+    path: Path = Path("a")
+
+
+def test_a_field_that_nobody_knows_is_refused_with_file_and_place() -> None:
+    for plain, place in (
+        ({"inner": {"learning_rate": 1.0}}, "inner.learning_rate of Inner"),
+        ({"perhaps": {"x": 1.0}}, "perhaps.x of Inner"),
+        ({"other": 1}, "other of Outer"),
+    ):
+        with pytest.raises(UserError, match=rf"^run/config\.json: unknown field {place}"):
+            from_plain(plain, Outer, source="run/config.json")
+
+
+def test_a_renamed_field_keeps_its_value() -> None:
+    read = from_plain({"inner": {"speed": 0.5, "verbose": 3}, "perhaps": {"speed": 2}, "path": "b"}, Outer)
+    assert read == Outer(inner=Inner(lr=0.5), perhaps=Inner(lr=2.0), path=Path("b"))
+    with pytest.raises(UserError, match=r"inner\.lr is there twice"):
+        from_plain({"inner": {"speed": 0.5, "lr": 0.5}}, Outer)
+
+
+def test_the_record_of_a_training_of_the_first_version_is_read() -> None:
+    """Every field as the first version wrote it, with values that are not the defaults."""
+    config = DetectionConfig.from_plain(FIRST_VERSION, "config.json")
+    config.validate()
+    assert isinstance(config.model, SSDLiteConfig)
+    assert config.model.anchors.min_scale == 0.1
+    assert config.model.backbone.frozen_stages == 3
+    assert isinstance(config.loss, SSDLossConfig)
+    assert config.loss.matcher.forced_rounds == 2
+    assert config.augment.crop_min_overlaps == (0.0,)
+    assert config.train.optim.warmup_steps == 100
+    assert config.train.epochs == 2
+    model = FIRST_VERSION["model"] | {"anchors": {"min_size": 0.1}}
+    with pytest.raises(UserError, match=r"config\.json: unknown field model\.anchors\.min_size of AnchorConfig"):
+        DetectionConfig.from_plain(FIRST_VERSION | {"model": model}, "config.json")
+
+
+# What commit 3b4a398 wrote: no ``kind`` anywhere.
+FIRST_VERSION: dict[str, Any] = {
+    "run_dir": "runs/detector",
+    "weights": "mobilenet_v2.pt",
+    "weights_part": "all",
+    "backbone_lr_scale": 1.0,
+    "model": {
+        "backbone": {
+            "width": 1.0,
+            "settings": [list(row) for row in PAPER_SETTINGS],
+            "last_channels": 1280,
+            "fixed_ends": False,
+            "residual": "identity",
+            "padding": "symmetric",
+            "norm_eps": 1e-05,
+            "norm_momentum": 0.1,
+            "frozen_stages": 3,
+            "freeze_norm": False,
+        },
+        "input_size": [128, 128],
+        "resize": "stretch",
+        "features": ["stride16_expansion", "last"],
+        "extra_channels": [512, 256, 256, 128],
+        "anchors": {
+            "min_scale": 0.1,
+            "max_scale": 0.95,
+            "scales": None,
+            "ratios": [1.0, 2.0, 0.5, 3.0, 0.3333333333333333],
+            "reduce_first_map": False,
+            "centre_steps": None,
+        },
+        "score": "softmax",
+        "background_column": True,
+        "norm_eps": 0.001,
+        "norm_momentum": 0.03,
+        "init_std": 0.03,
+        "prior": 0.01,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    },
+    "loss": {
+        "classification": "cross_entropy",
+        "matcher": {"iou_threshold": 0.5, "forced_rounds": 2},
+        "negatives_per_positive": 3.0,
+        "min_negatives": 3,
+        "box_weight": 1.0,
+        "classification_weight": 1.0,
+        "smooth_l1_beta": 1.0,
+        "label_smoothing": 0.0,
+        "focal_alpha": 0.25,
+        "focal_gamma": 2.0,
+    },
+    "postprocess": {"score_threshold": 0.001, "nms_threshold": 0.55, "candidates": 1000, "max_detections": 300},
+    "augment": {
+        "expand_probability": 0.3,
+        "expand_max_scale": 1.5,
+        "crop_probability": 0.7,
+        "crop_min_overlaps": [0.0],
+        "crop_scale": [0.6, 1.0],
+        "crop_aspect": [0.5, 2.0],
+        "horizontal_flip": 0.5,
+        "vertical_flip": 0.0,
+        "quarter_turns": 0.0,
+        "brightness": 0.1,
+        "contrast": 0.1,
+        "saturation": 0.1,
+        "hue": 0.02,
+        "color_probability": 0.5,
+        "channel_shuffle": 0.0,
+        "min_visible": 0.3,
+        "min_size": 1.0,
+    },
+    "data": {
+        "root": None,
+        "train": {"annotations": "train.json", "images": "images"},
+        "val": {"annotations": "val.json", "images": "images"},
+        "workers": 2,
+        "val_batch_size": 16,
+    },
+    "train": {
+        "epochs": 2,
+        "batch_size": 8,
+        "accumulate": 1,
+        "seed": 0,
+        "optim": {
+            "name": "adamw",
+            "lr": 0.001,
+            "momentum": 0.9,
+            "nesterov": False,
+            "beta2": 0.999,
+            "weight_decay": 0.05,
+            "warmup_steps": 100,
+            "warmup_max_share": 0.1,
+            "min_lr_share": 0.0,
+            "clip_norm": 10.0,
+        },
+        "ema": {"enabled": True, "decay": 0.9998, "horizon_share": 0.05},
+        "amp": "off",
+        "channels_last": True,
+        "compile": False,
+        "sync_norm": False,
+        "eval_every": 1,
+        "log_every": 20,
+        "max_skipped_share": 0.01,
+        "num_threads": 1,
+        "device": "auto",
+        "resume": False,
+    },
+}

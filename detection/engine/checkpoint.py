@@ -1,7 +1,6 @@
 """Checkpoints: tensors and plain data, written whole or not at all, loaded strictly and without running code."""
 
 import io
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from backbones.errors import UserError
-from backbones.state import write_whole
+from backbones.state import load_plain, write_whole
 
 FORMAT = "litedet checkpoint"
 VERSION = 1
@@ -43,18 +42,29 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dic
         FileNotFoundError: there is no such file.
         UserError: the file is no checkpoint of this project, is damaged, or has another format version.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint file")
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise UserError(f"{path} is not a checkpoint that can be read: damaged, or another kind of file") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    return check_checkpoint(load_plain(path, device, "a checkpoint"), path)
+
+
+def is_checkpoint(content: object) -> bool:
+    """Whether the content of a file is a checkpoint of this project, of whatever version."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def check_checkpoint(content: object, path: Path | str) -> dict[str, Any]:
+    """The content of a checkpoint that this version reads.
+
+    Args:
+        content: of the file.
+        path: of the file, for the message.
+
+    Raises:
+        UserError: it is no checkpoint of this project, has another format version, or lacks what every checkpoint has.
+    """
+    if not isinstance(content, dict) or not is_checkpoint(content):
         raise UserError(f"{path} was not written by this project's training; expected a best.pt or last.pt of a run")
-    if content["version"] != VERSION:
+    if content.get("version") != VERSION:
         raise UserError(
-            f"{path} has checkpoint format {content['version']}, this version of the project reads {VERSION}; "
+            f"{path} has checkpoint format {content.get('version')!r}, this version of the project reads {VERSION}; "
             f"use the version that wrote it"
         )
     return content

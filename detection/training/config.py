@@ -73,13 +73,17 @@ class DetectionConfig:
     """How long, how fast, on what."""
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> "DetectionConfig":
+    def from_plain(cls, plain: Mapping[str, Any], source: str | Path = "") -> "DetectionConfig":
         """The config in a run's record.
+
+        Args:
+            plain: of this version or one before.
+            source: the file, for the message.
 
         Raises:
             UserError: a field that this version does not know, or a value of another type; the message names it.
         """
-        return from_plain(plain, cls, {DetectorConfig: config_type, LossConfig: lambda _: SSDLossConfig})
+        return from_plain(plain, cls, {DetectorConfig: config_type, LossConfig: lambda _: SSDLossConfig}, source)
 
     def validate(self) -> None:
         """Raises UserError for values that make no sense, alone or together. Called once, after all overrides."""

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from backbones.errors import UserError
 from detection.engine.plain import from_plain, to_plain
 from detection.models.build import config_type
 from detection.models.detector import DetectorConfig
@@ -35,10 +37,17 @@ class DetectorInfo:
         return to_plain(self)
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> "DetectorInfo":
+    def from_plain(cls, plain: Mapping[str, Any], source: str | Path = "") -> "DetectorInfo":
         """The inverse of ``to_plain``.
+
+        Args:
+            plain: of this version or one before.
+            source: the file, for the message.
 
         Raises:
             UserError: a kind of detector or a field that this version does not know, or a value of another type.
         """
-        return from_plain(plain, cls, {DetectorConfig: config_type})
+        info = from_plain(plain, cls, {DetectorConfig: config_type}, source)
+        if len(info.class_names) != len(info.category_ids):
+            raise UserError(f"{source}: {len(info.class_names)} class names and {len(info.category_ids)} category ids")
+        return info
