@@ -3,7 +3,7 @@
 Letters in shapes: B batch, C channels, H W height and width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -34,6 +34,9 @@ class MobileNetV2Config:
         "width", "settings", "last_channels", "fixed_ends", "residual", "padding", "norm_eps",
     )  # fmt: skip
     """Fields that change what the weights' numbers mean; the others (freezing, momentum) may differ."""
+
+    renamed_fields: ClassVar[Mapping[str, str | None]] = {}
+    """Names that fields had in files of before -> their names today, None for a field that was dropped."""
 
     width: float = 1.0
     """Multiplier of all channel counts; the paper and the public weights use 0.35 to 1.4."""

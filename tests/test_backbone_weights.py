@@ -10,18 +10,13 @@ from shared_data import SHARED, needs_shared
 from torch import nn
 
 from backbones.classifier import Classifier, ClassifierConfig
+from backbones.layers import IMAGENET_MEAN, IMAGENET_STD
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
-from backbones.weights.native import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    WeightsInfo,
-    load_backbone,
-    load_classifier,
-    read_metadata,
-    save_weights,
-    to_torchvision,
-    torchvision_keys,
-)
+from backbones.weights.foreign import to_torchvision
+from backbones.weights.info import WeightsInfo
+from backbones.weights.layouts import torchvision_keys
+from backbones.weights.native import load_backbone, load_classifier, save_weights
+from backbones.weights.readers import read_metadata
 from detection.classification.data import EvalTransform, Normalise, TransformConfig, count_correct, read_image
 
 SMALL = MobileNetV2Config(width=0.35)
@@ -157,15 +152,15 @@ def test_every_mismatch_is_named_and_nothing_is_loaded(theirs: Path, tmp_path: P
         load_backbone(backbone, tmp_path / "broken.pth")
     lines = str(caught.value).splitlines()[1:]
     assert lines == [
-        "  missing: last.norm.bias, expected [1280]",
-        "  unexpected: features.19.weight, got [4, 2]",
-        "  shape: stage1.0.project.conv.weight, got [8, 16, 3, 3], expected [8, 16, 1, 1]",
+        "  missing: last.norm.bias [1280]",
+        "  not expected: features.19.weight [4, 2]",
+        "  stage1.0.project.conv.weight: expected shape [8, 16, 1, 1], given [8, 16, 3, 3]",
     ]
     assert equal(backbone, before)
 
 
 def test_another_width_is_told(theirs: Path) -> None:
-    message = r"nothing was loaded \(\d+ differences\); these are the shapes of width=0.35, the config has width=1.0"
+    message = r"nothing was loaded \(\d+ of \d+ tensors differ\); these are the shapes of width=0.35, the config has width=1.0"
     with pytest.raises(ValueError, match=message):
         load_backbone(MobileNetV2(MobileNetV2Config()), theirs)
 
@@ -194,14 +189,14 @@ def test_width_of_our_file_is_told(tmp_path: Path) -> None:
 
 def test_missing_file(tmp_path: Path) -> None:
     for name in ("no.pt", "no.safetensors"):
-        with pytest.raises(FileNotFoundError, match=rf"{name} does not exist; give a .safetensors, .pt or .pth file"):
+        with pytest.raises(FileNotFoundError, match=rf"{name} does not exist; a weights file was expected"):
             load_backbone(MobileNetV2(SMALL), tmp_path / name)
     with pytest.raises(FileNotFoundError, match=r"is a folder, not a weights file"):
         load_backbone(MobileNetV2(SMALL), tmp_path)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"hello, I am a text\n", b"\x89PNG\r\n\x1a\n" + bytes(64), b"PK\x03\x04" + bytes(64)]
+    "content", [b"hello, I am a text\n", b"\x89PNG\r\n\x1a\n" + bytes(64), b"PK\x03\x04" + bytes(64)]
 )
 def test_not_a_weights_file(tmp_path: Path, content: bytes) -> None:
     for name in ("a.pt", "a.safetensors"):

@@ -17,24 +17,31 @@ from shared_data import SHARED, needs_shared
 from torch import Tensor, nn
 
 from backbones.classifier import Classifier, ClassifierConfig
+from backbones.errors import UserError
 from backbones.layers import ConvNormAct
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
+from backbones.weights.foreign import to_timm, to_torchvision
+from backbones.weights.info import WeightsInfo
 from backbones.weights.layouts import DEEPER_BLOCKS, public_configs
 from backbones.weights.native import (
-    WeightsInfo,
     adopt_config,
     check_statistics,
     load_backbone,
     load_classifier,
-    read_metadata,
     read_model,
     save_weights,
-    to_timm,
-    to_torchvision,
 )
+from backbones.weights.readers import WeightsFile, read_metadata
 from backbones.weights.tflite import read_tflite, unfold_norms
 from detection.classification.data import EvalTransform, Normalise, TransformConfig, count_correct, read_image
 from detection.cli.convert_weights import main
+from detection.engine.checkpoint import save_checkpoint
+from detection.engine.plain import to_plain
+from detection.models.build import build_detector
+from detection.models.ssdlite import SSDLiteConfig
+from detection.postprocess import PostprocessConfig
+from detection.weights.info import DetectorInfo
+from detection.weights.native import DetectorFile, read_detector, read_file
 from detection.weights.recognition import convert, unpack
 
 NARROW = MobileNetV2Config(width=0.35)
@@ -191,10 +198,10 @@ def test_wrong_source_is_answered_layer_by_layer(tmp_path: Path, capsys: pytest.
     torch.save(state, tmp_path / "odd.pth")
     out = tmp_path / "out.safetensors"
     message = fail([str(tmp_path / "odd.pth"), str(out)], capsys)
-    assert "odd.pth does not fit the network, nothing was loaded (3 differences)" in message
-    assert "missing: backbone.stage4.1.depthwise.norm.running_var, expected [144]" in message
-    assert "unexpected: blocks.2.0.se.conv_reduce.weight, got [4]" in message
-    assert "shape: backbone.stage3.0.depthwise.conv.weight, got [48, 1, 5, 5], expected [48, 1, 3, 3]" in message
+    assert "odd.pth does not fit the network, nothing was loaded (3 of" in message
+    assert "missing: backbone.stage4.1.depthwise.norm.running_var [144]" in message
+    assert "not expected: blocks.2.0.se.conv_reduce.weight [4]" in message
+    assert "backbone.stage3.0.depthwise.conv.weight: expected shape [48, 1, 3, 3], given [48, 1, 5, 5]" in message
     assert not out.exists()
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet.pth")
     message = fail([str(tmp_path / "resnet.pth"), str(out)], capsys)
@@ -206,8 +213,8 @@ def test_wrong_source_is_answered_layer_by_layer(tmp_path: Path, capsys: pytest.
 def test_tools_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(to_timm(Classifier(ClassifierConfig(backbone=NARROW), 3)), tmp_path / "a.pth")
     source, out = str(tmp_path / "a.pth"), str(tmp_path / "o.safetensors")
-    assert "no.pth does not exist; give a weights file" in fail([str(tmp_path / "no.pth"), out], capsys)
-    assert "is a folder; give a weights file" in fail([str(tmp_path), out], capsys)
+    assert "no.pth does not exist; a weights file was expected" in fail([str(tmp_path / "no.pth"), out], capsys)
+    assert "is a folder, not a weights file" in fail([str(tmp_path), out], capsys)
     assert "with --to timm the result is a .pth file" in fail([source, out, "--to", "timm"], capsys)
     assert "with --to litedet the result is a .safetensors file" in fail([source, "o.pt"], capsys)
     assert "a.pth is the source itself" in fail([source, source, "--to", "timm"], capsys)
@@ -220,6 +227,62 @@ def test_tools_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     message = fail([str(tmp_path / "b.safetensors"), str(tmp_path / "b.pth"), "--to", "timm"], capsys)
     assert "only classifiers go to timm's layout; this is a MobileNetV2" in message
     assert not list(tmp_path.glob("o.*"))
+
+
+@pytest.mark.parametrize("first_version", [False, True])
+def test_a_training_of_a_classifier_becomes_a_file_of_weights(tmp_path: Path, first_version: bool) -> None:
+    classifier = Classifier(ClassifierConfig(backbone=NARROW), 3).eval()
+    record = {
+        "model": to_plain(ClassifierConfig(backbone=NARROW)),
+        "class_names": ["cat", "dog", "owl"],
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.25, 0.25, 0.25],
+    }
+    if not first_version:
+        record |= {"source": "trained on 6 images", "licence": "MIT"}
+    save_checkpoint(tmp_path / "best.pt", {"weights": classifier.state_dict(), "extra": {"classifier": record}})
+    main([str(tmp_path / "best.pt"), str(tmp_path / "out.safetensors")])
+    again, info = read_model(tmp_path / "out.safetensors")
+    assert isinstance(again, Classifier)
+    assert same_tensors(again, classifier)
+    assert info.class_names == ("cat", "dog", "owl")
+    assert info.std == (0.25, 0.25, 0.25)
+    assert info.source.startswith("best.pt of a training, sha256 " if first_version else "trained on 6 images, sha256 ")
+    # A training starts from the checkpoint itself as well.
+    file = read_file(tmp_path / "best.pt")
+    assert isinstance(file, WeightsFile)
+    other = Classifier(ClassifierConfig(backbone=NARROW), 3)
+    assert load_classifier(other, file, ("cat", "dog", "owl"))[1] == ""
+    assert same_tensors(other, classifier)
+    with pytest.raises(UserError, match=r"best\.pt holds no detector but a backbone or classifier"):
+        read_detector(tmp_path / "best.pt")
+
+
+def test_a_training_of_a_detector_becomes_a_file_of_weights(tmp_path: Path) -> None:
+    model = build_detector(SSDLiteConfig(backbone=NARROW, input_size=(96, 96)), 2).eval()
+    info = DetectorInfo(
+        model=model.config, postprocess=PostprocessConfig(), class_names=("cat", "dog"), category_ids=(3, 7)
+    )
+    plain = info.to_plain()
+    del plain["model"]["kind"]  # the first version knew one kind and did not name it
+    save_checkpoint(tmp_path / "best.pt", {"weights": model.state_dict(), "extra": {"detector": plain}})
+    main([str(tmp_path / "best.pt"), str(tmp_path / "out.safetensors")])
+    again, read = read_detector(tmp_path / "out.safetensors")
+    assert same_tensors(again, model)
+    assert read.source.startswith("best.pt, sha256 ")
+    assert replace(read, source="") == info
+    main([str(tmp_path / "best.pt"), str(tmp_path / "named.safetensors"), "--class-names", "Katze,Hund"])
+    assert read_detector(tmp_path / "named.safetensors")[1].class_names == ("Katze", "Hund")
+    file = read_file(tmp_path / "out.safetensors")
+    assert isinstance(file, DetectorFile)
+    other = MobileNetV2(NARROW)
+    load_backbone(other, file.backbone())
+    assert same_tensors(other, model.backbone)
+
+
+def same_tensors(a: nn.Module, b: nn.Module) -> bool:
+    own, other = a.state_dict(), b.state_dict()
+    return own.keys() == other.keys() and all(torch.equal(own[key], other[key]) for key in own)
 
 
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config
-from backbones.weights.native import WeightsInfo, save_weights
+from backbones.weights.info import WeightsInfo
+from backbones.weights.native import save_weights
 from detection import load_detector
 from detection.engine.checkpoint import save_checkpoint
 from detection.engine.plain import to_plain
@@ -18,7 +19,7 @@ from detection.models.anchors import AnchorConfig
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig
 from detection.weights.info import DetectorInfo
-from detection.weights.native import holds_detector, read_detector, save_detector
+from detection.weights.native import DetectorFile, read_detector, read_file, save_detector
 from detection.weights.start import start_from
 
 SMALL = MobileNetV2Config(width=0.35)
@@ -95,7 +96,7 @@ def test_a_detector_on_disk_is_the_same_detector(tmp_path: Path, kind: str) -> N
         save_detector(path, model, info)
     else:
         save_checkpoint(path, {"weights": model.state_dict(), "extra": {"detector": to_plain(info)}})
-    assert holds_detector(path)
+    assert isinstance(read_file(path), DetectorFile)
     again, info_again = read_detector(path)
     assert info_again == info
     images = torch.randint(0, 256, (1, 3, 96, 128), dtype=torch.uint8)
@@ -148,10 +149,10 @@ def test_a_detector_of_another_build_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_that_hold_no_detector(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"none\.pt: no such checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"none\.pt does not exist"):
         load_detector(tmp_path / "none.pt")
     (tmp_path / "text.pt").write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.pt is not a checkpoint"):
+    with pytest.raises(ValueError, match=r"text\.pt is not a weights file that can be read"):
         load_detector(tmp_path / "text.pt")
     save_weights(tmp_path / "c.safetensors", Classifier(ClassifierConfig(backbone=SMALL), 5), WeightsInfo())
     with pytest.raises(ValueError, match=r"c\.safetensors holds no detector"):
@@ -160,7 +161,7 @@ def test_files_that_hold_no_detector(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"broken\.safetensors is not a safetensors file"):
         load_detector(tmp_path / "broken.safetensors")
     save_checkpoint(tmp_path / "other.pt", {"weights": {}, "extra": {}})
-    with pytest.raises(ValueError, match="not of a detector"):
+    with pytest.raises(ValueError, match="a checkpoint, but not of a detector or classifier"):
         load_detector(tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"written as \.safetensors"):
         save_detector(tmp_path / "d.pt", *small_detector())

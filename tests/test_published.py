@@ -19,7 +19,8 @@ from test_tensorflow_weights import tensorflow_detector, write_graph
 import detection.weights.hub as module
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config
-from backbones.weights.native import read_metadata, to_timm
+from backbones.weights.foreign import to_timm
+from backbones.weights.readers import read_metadata
 from detection import load_detector
 from detection.cli.convert_weights import main as convert_weights
 from detection.weights.hub import Published, cache_dir, fetch, fetch_converted, locate, published

@@ -9,7 +9,9 @@ from shared_data import SHARED, needs_shared
 import configs.imagenet
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
-from backbones.weights.native import WeightsInfo, load_backbone, load_classifier, read_metadata, save_weights
+from backbones.weights.info import WeightsInfo
+from backbones.weights.native import load_backbone, load_classifier, save_weights
+from backbones.weights.readers import read_metadata
 from detection.cli.train_cls import main
 from detection.data.drawn.synthetic import draw_classification_set
 from detection.engine.checkpoint import load_checkpoint

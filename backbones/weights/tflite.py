@@ -24,8 +24,8 @@ from backbones.classifier import Classifier, ClassifierConfig
 from backbones.errors import UserError
 from backbones.layers import ConvNormAct
 from backbones.mobilenetv2 import MobileNetV2Config
+from backbones.weights.info import WeightsInfo
 from backbones.weights.layouts import PUBLIC_WIDTHS
-from backbones.weights.native import WeightsInfo
 
 NORM_EPS = 1e-3  # TensorFlow's; any would do, the statistics are new
 

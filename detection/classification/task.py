@@ -16,7 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.errors import UserError
 from backbones.state import load_state
-from backbones.weights.native import WeightsInfo, adopt_config, check_statistics, load_classifier, save_weights
+from backbones.weights.info import WeightsInfo
+from backbones.weights.native import adopt_config, check_statistics, load_classifier, save_weights
 from detection.classification.data import (
     ClassificationBatch,
     ClassificationDataset,
@@ -36,6 +37,7 @@ from detection.engine.plain import differences
 from detection.engine.runtime import Runtime
 from detection.images.draw import image_grid
 from detection.weights.hub import locate
+from detection.weights.native import DetectorFile, read_file
 
 _log = logging.getLogger(__name__)
 
@@ -133,14 +135,15 @@ class ClassificationTask:
         if config.weights is None:
             self.model = Classifier(config.model, len(self.class_names))
         else:
-            source = locate(config.weights)
+            found = read_file(locate(config.weights))
+            source = found.backbone() if isinstance(found, DetectorFile) else found
             asked, (config.model.backbone, _) = config.model.backbone, adopt_config(config.model.backbone, source)
             changes = differences(asked, config.model.backbone)
             if changes:
-                _log.info("the network is built as %s needs it: backbone %s", source, ", ".join(changes))
+                _log.info("the network is built as %s needs it: backbone %s", source.source, ", ".join(changes))
             self.model = Classifier(config.model, len(self.class_names))
             self._weights_info, remark = load_classifier(self.model, source, self.class_names)
-            check_statistics(self.model.backbone, source)
+            check_statistics(self.model.backbone, source.source)
             _log.info("%s", remark or f"classifier from {config.weights}")
         self.normalise = Normalise(self._weights_info.mean, self._weights_info.std)
         self.step = ClassificationStep(self.model, self.normalise, config.label_smoothing)
@@ -202,6 +205,8 @@ class ClassificationTask:
                 "class_names": list(info.class_names),
                 "mean": list(info.mean),
                 "std": list(info.std),
+                "source": info.source,
+                "licence": info.licence,
             }
         }
 

@@ -1,13 +1,15 @@
-"""Convert weights of other libraries to ours, and classifiers to theirs.
+"""Convert weights of other libraries to ours, a training's checkpoint to a small file of weights, and classifiers to theirs.
 
 python tools/convert_weights.py SOURCE OUT.safetensors
+python tools/convert_weights.py RUN/best.pt OUT.safetensors
 python tools/convert_weights.py OURS.safetensors OUT.pth --to timm
 
 SOURCE is a file, recognised by what is in it, or a published name (--list shows them): state dicts of torchvision and
-timm, TensorFlow Lite classifiers, frozen graphs of ssdlite_mobilenet_v2, SSDLite checkpoints of mmdetection.
+timm, TensorFlow Lite classifiers, frozen graphs of ssdlite_mobilenet_v2, SSDLite checkpoints of
+mmdetection, and the best.pt or last.pt of a training here.
 """
 
-import os
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ from numpy.typing import NDArray
 
 from backbones.classifier import Classifier
 from backbones.errors import UserError
-from backbones.weights.native import to_timm, to_torchvision
+from backbones.state import write_whole
+from backbones.weights.foreign import to_timm, to_torchvision
 from detection.classification.data import (
     IMAGE_SUFFIXES,
     EvalTransform,
@@ -140,7 +143,6 @@ def _save_theirs(converted: Converted, layout: Literal["torchvision", "timm"], o
     if not isinstance(converted.model, Classifier):
         raise UserError(f"only classifiers go to {layout}'s layout; this is a {type(converted.model).__name__}")
     state = to_torchvision(converted.model) if layout == "torchvision" else to_timm(converted.model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".part")
-    torch.save(state, temporary)
-    os.replace(temporary, out)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_whole(out, buffer.getbuffer())

@@ -26,6 +26,7 @@ from detection.training.config import DetectionConfig
 from detection.training.losses import TrainingStep
 from detection.weights.hub import locate
 from detection.weights.info import DetectorInfo
+from detection.weights.native import read_file
 from detection.weights.start import adopt_network, start_from
 
 _log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ class DetectionTask:
         config, names = self.config, self.train_index.class_names
         if config.weights is None:
             return build_detector(config.model, len(names))
-        source = locate(config.weights)
+        source = read_file(locate(config.weights))
         config.model, remark = adopt_network(config.model, source, config.weights_part)
         if remark:
             _log.info("%s", remark)
@@ -86,7 +87,7 @@ class DetectionTask:
         config.validate()
         model = build_detector(config.model, len(names))
         _log.info("%s", start_from(model, source, names, config.weights_part))
-        check_statistics(model.backbone, source)
+        check_statistics(model.backbone, source.source)
         return model
 
     def _build_train_loader(self) -> DataLoader[Any]:

@@ -5,7 +5,6 @@ figure, input. The cache is $LITEDET_CACHE, else $XDG_CACHE_HOME/litedet, else ~
 """
 
 import difflib
-import hashlib
 import os
 import urllib.error
 import urllib.parse
@@ -21,6 +20,8 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from backbones.errors import UserError
+from backbones.state import sha256_of
+from backbones.weights.readers import is_download
 from detection.weights.recognition import convert
 
 _CONVERTED = "2"  # counts up when conversion gives other files, so that an old one in the cache is not taken
@@ -88,7 +89,7 @@ def locate(source: str | Path) -> str | Path:
                 f"python tools/convert_weights.py {name} OUT.safetensors"
             )
         return source
-    if name == "torchvision" or name.startswith("torchvision:"):
+    if is_download(name):
         return source
     entry = published().get(name)
     if entry is None:
@@ -194,12 +195,9 @@ def _download(url: str, part: Path) -> None:
 
 
 def _check(path: Path, entry: Published, advice: str) -> None:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if not digest.hexdigest().startswith(entry.sha256):
+    digest = sha256_of(path)
+    if not digest.startswith(entry.sha256):
         raise UserError(
-            f"{path} ({path.stat().st_size} bytes) has SHA-256 {digest.hexdigest()}, expected {entry.sha256} "
+            f"{path} ({path.stat().st_size} bytes) has SHA-256 {digest}, expected {entry.sha256} "
             f"({entry.sha256_from}); {advice}"
         )

@@ -1,11 +1,11 @@
-"""Weights of other libraries, recognised by what is in the file, as ours: one entry for every layout that is read.
+"""Weights of other libraries, and our own trainings, recognised by what is in the file: one entry for every layout that is read.
 
 What is an archive is looked into: TensorFlow publishes graphs and .tflite files in .tar.gz.
 """
 
-import hashlib
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,25 +17,31 @@ from torch import Tensor
 from backbones.classifier import Classifier
 from backbones.errors import UserError
 from backbones.mobilenetv2 import MobileNetV2
-from backbones.weights.native import WeightsInfo, read_model, read_state_dict, save_weights
+from backbones.state import existing_file, load_plain, load_state, sha256_of
+from backbones.weights.info import WeightsInfo
+from backbones.weights.native import read_model, save_weights
+from backbones.weights.readers import WeightsFile, state_dict_of, weights_of
 from backbones.weights.tflite import is_tflite, read_tflite, unfold_norms
+from detection.engine.checkpoint import is_checkpoint
+from detection.models.build import build_detector
 from detection.models.detector import Detector
 from detection.models.ssdlite import SSDLiteConfig
 from detection.weights.info import DetectorInfo
 from detection.weights.mmdetection import is_mmdetection, read_mmdetection
-from detection.weights.native import save_detector
+from detection.weights.native import DetectorFile, file_of, read_file, save_detector
 from detection.weights.tensorflow import is_frozen_graph, read_frozen_graph
 
 _ARCHIVE_LIMIT = 2 << 30  # bytes of a member; more is no weights file of a small network
 _KNOWN = (
     "known are torchvision's and timm's MobileNetV2 state dicts, TensorFlow Lite MobileNetV2 classifiers (.tflite), frozen "
-    "graphs of ssdlite_mobilenet_v2 (.pb), SSDLite checkpoints of mmdetection, a .tar.gz with one of these, and our own files"
+    "graphs of ssdlite_mobilenet_v2 (.pb), SSDLite checkpoints of mmdetection, a .tar.gz with one of these, and our own "
+    ".safetensors, best.pt and last.pt"
 )
 
 
 @dataclass(kw_only=True, slots=True)
 class Converted:
-    """A network of another library as ours.
+    """A network as ours.
 
     Attributes:
         layout: what the file was recognised as.
@@ -90,7 +96,7 @@ class Converted:
 
 
 def convert(path: Path, class_names: tuple[str, ...] = (), images: Iterable[Any] | None = None) -> Converted:
-    """Read a file of another library.
+    """Read a file of another library, or a checkpoint or weights of ours.
 
     Args:
         path: the file.
@@ -103,20 +109,23 @@ def convert(path: Path, class_names: tuple[str, ...] = (), images: Iterable[Any]
         UserError: an unknown file, or a network that differs from ours; everything that differs is named.
         ImportError: a package that reads this kind of file is missing.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"{path} {what}; give a weights file")
-    with path.open("rb") as file:
-        compressed = file.read(2) == b"\x1f\x8b"  # gzip's magic number; none of the other formats begins so
-    if compressed:
+    if _is_gzip(existing_file(path)):
         with tempfile.TemporaryDirectory() as folder:
             inside = unpack(path, Path(folder))
-            converted = convert(inside, class_names, images)
+            if _is_gzip(existing_file(inside)):
+                raise UserError(f"{path}: {inside.name} in it is an archive again; unpack it first")
+            converted = _convert(inside, class_names, images)
+            converted.info.source += f", sha256 {sha256_of(inside)}"
         converted.info.source += f" in {path.name}"
         return converted
     converted = _convert(path, class_names, images)
-    converted.info.source += f", sha256 {_sha256(path)}"
+    converted.info.source += f", sha256 {sha256_of(path)}"
     return converted
+
+
+def _is_gzip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"  # gzip's magic number; none of the other formats begins so
 
 
 def unpack(archive: Path, folder: Path) -> Path:
@@ -146,7 +155,7 @@ def unpack(archive: Path, folder: Path) -> Path:
             with target.open("wb") as file:
                 while chunk := source.read(1 << 20):
                     file.write(chunk)
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise UserError(f"{archive} cannot be unpacked, it is damaged or not whole: {error}") from error
     return target
 
@@ -170,24 +179,44 @@ def _convert(path: Path, class_names: tuple[str, ...], images: Iterable[Any] | N
         return Converted(
             layout="TensorFlow Object Detection API frozen graph", model=model, info=detector_info, remarks=remarks
         )
-    if path.suffix != ".safetensors":
-        try:
-            state = read_state_dict(path)
-        except ValueError as error:
-            raise UserError(f"{error}\n{_KNOWN}") from error
-        if is_mmdetection(state):
-            model, detector_info, remarks = read_mmdetection(path, state, class_names)
-            return Converted(layout="mmdetection SSDLite checkpoint", model=model, info=detector_info, remarks=remarks)
-    try:
-        network, info = read_model(path)
-    except ValueError as error:
-        raise UserError(f"{error}\n{_KNOWN}") from error
+    file = _read(path)
+    if not isinstance(file, DetectorFile | WeightsFile):
+        model, detector_info, remarks = read_mmdetection(path, file, class_names)
+        return Converted(layout="mmdetection SSDLite checkpoint", model=model, info=detector_info, remarks=remarks)
+    if isinstance(file, DetectorFile):
+        detector = build_detector(file.info.model, len(file.info.class_names))
+        load_state(detector, file.state, file.source)
+        if class_names and len(class_names) != detector.num_classes:
+            raise UserError(f"{path} has {detector.num_classes} classes, {len(class_names)} names were given")
+        return Converted(
+            layout="litedet detector",
+            model=detector.eval(),
+            info=replace(
+                file.info, class_names=class_names or file.info.class_names, source=file.info.source or path.name
+            ),
+            remarks=[],
+        )
+    network, info = read_model(file)
     return Converted(
         layout=f"{info.layout} MobileNetV2 {'classifier' if isinstance(network, Classifier) else 'backbone'}",
         model=network,
         info=_with_names(info, network, class_names, path),
         remarks=[],
     )
+
+
+def _read(path: Path) -> DetectorFile | WeightsFile | dict[str, Tensor]:
+    """A file of ours, torchvision's or timm's, or the state dict of mmdetection."""
+    try:
+        if path.suffix == ".safetensors":
+            return read_file(path)
+        content = load_plain(path)
+        if is_checkpoint(content):
+            return file_of(content, path)
+        state = state_dict_of(content, path)
+        return state if is_mmdetection(state) else weights_of(state, path)
+    except UserError as error:
+        raise UserError(f"{error}\n{_KNOWN}") from error
 
 
 def _with_names(
@@ -215,11 +244,3 @@ def _batches(images: Iterable[Any], info: WeightsInfo, size: int = 16) -> Iterab
 
 def _numbers(values: tuple[float, ...] | None) -> str:
     return " ".join(f"{value:g}" for value in values or ())
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -9,14 +9,19 @@ from backbones.layers import IMAGENET_MEAN, IMAGENET_STD
 from backbones.mobilenetv2 import MobileNetV2Config
 from backbones.state import load_state
 from backbones.weights.native import adopt_config, load_backbone
+from backbones.weights.readers import WeightsFile
 from detection.engine.plain import differences
 from detection.models.detector import Detector, DetectorConfig, Triple
-from detection.weights.native import holds_detector, read_state
+from detection.weights.native import DetectorFile, read_file
 
 Part = Literal["all", "backbone"]
 
 
-def adopt_network(config: DetectorConfig, source: str | Path, part: Part = "all") -> tuple[DetectorConfig, str]:
+Source = str | Path | DetectorFile | WeightsFile
+"""Weights to start from: what ``read_file`` takes, or has read (a training needs them twice and reads them once)."""
+
+
+def adopt_network(config: DetectorConfig, source: Source, part: Part = "all") -> tuple[DetectorConfig, str]:
     """The network that weights were made for, with the user's choices.
 
     Of a whole detector everything that its numbers depend on is as in its file: backbone, taps, extra maps, anchors,
@@ -25,7 +30,7 @@ def adopt_network(config: DetectorConfig, source: str | Path, part: Part = "all"
 
     Args:
         config: what was asked for; not changed.
-        source: a detector (``read_detector``) or a backbone (``backbones.weights.native.load_backbone``).
+        source: of the weights.
         part: what of a whole detector is wanted.
 
     Returns:
@@ -34,8 +39,9 @@ def adopt_network(config: DetectorConfig, source: str | Path, part: Part = "all"
     Raises:
         FileNotFoundError, UserError: no such file, or one that does not tell.
     """
-    if holds_detector(source):
-        theirs = read_state(source)[1].model
+    file = _read(source)
+    if isinstance(file, DetectorFile):
+        theirs = file.info.model
         own = {name: getattr(theirs.backbone, name) for name in MobileNetV2Config.fields_of_weights}
         backbone = replace(config.backbone, **own)
         mean, std = theirs.mean, theirs.std
@@ -43,28 +49,28 @@ def adopt_network(config: DetectorConfig, source: str | Path, part: Part = "all"
         if part == "all":
             if type(theirs) is not type(config):
                 raise UserError(
-                    f"{source} holds a detector of kind {theirs.kind}, the config asks for {config.kind}; take a recipe of "
+                    f"{file.source} holds a detector of kind {theirs.kind}, the config asks for {config.kind}; take a recipe of "
                     f"that kind, or its backbone alone: --weights-part backbone"
                 )
             adopted = config.replaced(**{name: getattr(theirs, name) for name in config.fields_of_weights})
     else:
-        backbone, info = adopt_config(config.backbone, source)
+        backbone, info = adopt_config(config.backbone, file)
         mean, std = info.mean, info.std
         adopted = config.replaced()
     adopted = adopted.replaced(backbone=backbone, mean=config.mean or mean, std=config.std or std)
     usual = config.replaced(mean=config.mean or IMAGENET_MEAN, std=config.std or IMAGENET_STD)  # what None becomes
     changes = differences(usual, adopted)
-    return adopted, f"the network is built as {source} needs it: {', '.join(changes)}" if changes else ""
+    return adopted, f"the network is built as {file.source} needs it: {', '.join(changes)}" if changes else ""
 
 
-def start_from(model: Detector, source: str | Path, class_names: tuple[str, ...], part: Part = "all") -> str:
+def start_from(model: Detector, source: Source, class_names: tuple[str, ...], part: Part = "all") -> str:
     """Fill a new detector with what is there: a whole detector, or a backbone under new heads.
 
     Where the file's detector knows other classes, the layers that predict classes stay new and everything else is loaded.
 
     Args:
         model: filled, or not touched where an error is raised.
-        source: a detector (``read_detector``) or a backbone (``backbones.weights.native.load_backbone``).
+        source: of the weights.
         class_names: the classes that the model is to learn.
         part: what of a whole detector is loaded.
 
@@ -72,33 +78,38 @@ def start_from(model: Detector, source: str | Path, class_names: tuple[str, ...]
         A sentence on what was loaded and what is new.
 
     Raises:
-        FileNotFoundError, UserError, OSError: as the two functions above; every tensor that does not fit is named.
+        FileNotFoundError, UserError, OSError: as ``read_file``; every tensor that does not fit is named.
     """
-    if not holds_detector(source):
-        loaded = load_backbone(model.backbone, source)
+    file = _read(source)
+    if isinstance(file, WeightsFile):
+        loaded = load_backbone(model.backbone, file)
         _adopt_normalisation(model, loaded.mean, loaded.std)
-        return f"backbone from {source}; extra maps and heads are new"
-    state, info = read_state(source)
+        return f"backbone from {file.source}; extra maps and heads are new"
+    state, info = file.state, file.info
     if part == "backbone":
-        _check_same_network(model.config, info.model, str(source), only_backbone=True)
+        _check_same_network(model.config, info.model, file.source, only_backbone=True)
         prefix = "backbone."
         backbone = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-        load_state(model.backbone, backbone, str(source))
+        load_state(model.backbone, backbone, file.source)
         new = "; extra maps and heads are new"
     else:
-        _check_same_network(model.config, info.model, str(source))
+        _check_same_network(model.config, info.model, file.source)
         new = ""
         if info.class_names != class_names:
             own = model.state_dict()
-            state |= {key: own[key] for key in model.class_tensors()}
+            state = state | {key: own[key] for key in model.class_tensors()}
             new = (
                 f"; it knows {len(info.class_names)} classes ({_some(info.class_names)}) and is to learn "
                 f"{len(class_names)} ({_some(class_names)}): the layers that predict classes are new"
             )
-        load_state(model, state, str(source))
+        load_state(model, state, file.source)
     if info.model.mean is not None and info.model.std is not None:
         _adopt_normalisation(model, info.model.mean, info.model.std)
-    return f"{'backbone of the detector' if part == 'backbone' else 'detector'} from {source}{new}"
+    return f"{'backbone of the detector' if part == 'backbone' else 'detector'} from {file.source}{new}"
+
+
+def _read(source: Source) -> DetectorFile | WeightsFile:
+    return read_file(source) if isinstance(source, str | Path) else source
 
 
 def _adopt_normalisation(model: Detector, mean: Triple, std: Triple) -> None:
