@@ -13,7 +13,8 @@ from backbones.weights.native import WeightsInfo, save_weights
 from detection import load_detector
 from detection.engine.checkpoint import save_checkpoint
 from detection.engine.plain import to_plain
-from detection.inference.predictor import Predictor, fold_norms, read_image
+from detection.inference.predictor import Predictor, read_image
+from detection.inference.runners import Backend, build_runner, fold_norms
 from detection.models.anchors import AnchorConfig
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig
@@ -45,6 +46,11 @@ def small_detector(names: tuple[str, ...] = NAMES, seed: int = 0, **changes: obj
     return model, info
 
 
+def small_predictor(backend: Backend = "torch") -> Predictor:
+    model, info = small_detector()
+    return Predictor(build_runner(model, backend), info)
+
+
 @pytest.fixture
 def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
@@ -65,7 +71,7 @@ def test_three_lines(tmp_path: Path, image: np.ndarray) -> None:
 
 
 def test_an_array_a_path_and_a_batch_are_the_same(tmp_path: Path, image: np.ndarray) -> None:
-    detector = Predictor(*small_detector(), torch.device("cpu"))
+    detector = small_predictor()
     path = tmp_path / "bild ü.png"
     assert cv2.imencode(".png", image[..., ::-1])[1].tofile(path) is None
     alone = detector(image)
@@ -174,7 +180,7 @@ def test_cuda_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_images_that_are_none(tmp_path: Path, image: np.ndarray) -> None:
-    detector = Predictor(*small_detector(), torch.device("cpu"))
+    detector = small_predictor()
     with pytest.raises(FileNotFoundError, match=r"gone\.jpg: no such image"):
         detector(tmp_path / "gone.jpg")
     for content in (b"", b"no image"):
