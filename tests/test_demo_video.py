@@ -131,11 +131,16 @@ def test_broken_stream_leaves_whole_files(
             return self.capture.read() if self.left >= 0 else (False, None)
 
     monkeypatch.setattr("detection.inference.video._capture", Breaking)
-    result, lines = run(video)
+    with pytest.raises(SystemExit) as ended:
+        run(video)
     monkeypatch.undo()
-    assert (result.num_frames, len(lines), count_frames(video.parent / "out.mp4")) == (6, 6, 6)
-    assert result.broken == "ended after 6 of 12 frames: the file is cut off or damaged"
-    assert "video.mp4 ended after 6 of 12 frames" in capsys.readouterr().out
+    # A text as the code: Python prints it to stderr and ends with status 1.
+    assert ended.value.code == (
+        f"error: {video} ended after 6 of 12 frames: the file is cut off or damaged; what was made until then is kept"
+    )
+    lines = (video.parent / "out.jsonl").read_text().splitlines()
+    assert (len(lines), count_frames(video.parent / "out.mp4")) == (6, 6)
+    assert "6 frames in" in capsys.readouterr().out
 
 
 def test_lines_are_there_while_it_runs(video: Path, detector: FakeDetector):
@@ -200,7 +205,7 @@ def test_wrong_use_is_one_clear_line(video: Path, detector: FakeDetector, capsys
     to = ["--json", str(video.parent / "a.jsonl")]
     assert "--score 1.5: a score lies" in error_of(["best.pt", "--source", str(video), *to, "--score", "1.5"], capsys)
     assert "--max-frames 0" in error_of(["best.pt", "--source", str(video), *to, "--max-frames", "0"], capsys)
-    assert "is the source itself" in error_of(["best.pt", "--source", str(video), "--out", str(video)], capsys)
+    assert "is the file of --source" in error_of(["best.pt", "--source", str(video), "--out", str(video)], capsys)
     assert "no such file or folder" in error_of(["best.pt", "--source", str(video) + "x", *to], capsys)
     assert "camera 97 does not open" in error_of(["best.pt", "--source", "97", *to], capsys)
     video.write_text("a text")
