@@ -11,8 +11,9 @@ C columns of class logits (K, or K + 1 with the background as column 0), D numbe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -165,3 +166,53 @@ class Detections:
     def names(self) -> list[str]:
         """The class name of each detection, or its label as text where names are unknown."""
         return [self.class_names[i] if i < len(self.class_names) else str(i) for i in self.labels.tolist()]
+
+
+def detections_to_cpu(detections: Sequence[Detections]) -> list[Detections]:
+    """The detections of several images on the CPU: one copy from the device for all of them, not three for each."""
+    if all(found.scores.device.type == "cpu" for found in detections):
+        return list(detections)
+    # Labels are whole numbers far below 2^24: float32 holds them exactly.
+    rows = torch.cat([_rows(found) for found in detections]).cpu().split([len(found) for found in detections])
+    return [
+        replace(found, boxes=row[:, :4], scores=row[:, 4], labels=row[:, 5].long())
+        for found, row in zip(detections, rows, strict=True)
+    ]
+
+
+def _rows(found: Detections) -> Tensor:
+    return torch.cat([found.boxes.float(), found.scores.float()[:, None], found.labels.float()[:, None]], dim=1)
+
+
+class Runner(Protocol):
+    """Anything that computes a detector's raw predictions: a network in torch, an exported file, a plain function.
+
+    A runner may also have these attributes:
+
+    * ``device``: the ``torch.device`` on which it takes images and leaves predictions; without it, the CPU.
+    * ``max_batch``: images that it takes at once at most; without it, or where it is None, any number.
+    * ``own_threads``: true where another library's threads do its work, so that torch's should stay out of the way.
+    """
+
+    def __call__(self, images: Tensor) -> RawPredictions:
+        """uint8 [B, 3, H, W], RGB, at the network's input size -> raw predictions [B, A, ...]."""
+        ...
+
+
+def device_of(runner: Runner) -> torch.device:
+    """Where a runner takes its images."""
+    device: torch.device = getattr(runner, "device", torch.device("cpu"))
+    return device
+
+
+def run_in_parts(runner: Runner, images: Tensor) -> RawPredictions:
+    """What a runner says of images [B, 3, H, W], given to it in parts where it takes fewer than B at once."""
+    most: int | None = getattr(runner, "max_batch", None)
+    if most is None or len(images) <= most:
+        return runner(images)
+    parts = [runner(part) for part in images.split(most)]
+    return RawPredictions(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.class_logits for part in parts]),
+        parts[0].anchors,
+    )

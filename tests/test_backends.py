@@ -1,20 +1,36 @@
 """What can run the network: all say the same, and what is missing is named. Run: pytest tests/test_backends.py"""
 
 import copy
+import pickle
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from test_predictor import small_detector
+from test_predictor import small_detector, small_predictor
+from torch import Tensor
 
+from backbones.errors import UserError
 from backbones.layers import PaddingMode
 from backbones.mobilenetv2 import MobileNetV2Config
-from detection.inference.predictor import Predictor, fold_norms, load_detector
-from detection.inference.runners import Backend, _can_pack, build_network, threads_for, to_onnx
+from detection.inference.predictor import Predictor, load_detector
+from detection.inference.runners import (
+    Backend,
+    PackedRunner,
+    TorchRunner,
+    _can_pack,
+    build_runner,
+    fold_norms,
+    threads_for,
+    to_onnx,
+)
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
+from detection.structures import RawPredictions, run_in_parts
 from detection.weights.native import save_detector
 
 CPU = torch.device("cpu")
@@ -31,11 +47,11 @@ def test_all_say_the_same(backend: Backend) -> None:
         for name, parameter in model.head.named_parameters():
             if name.endswith("weight"):
                 parameter *= 3  # answers of the size that a trained network gives
-    network = build_network(model, backend, CPU)
+    runner = build_runner(model, backend, CPU)
     for batch_size in (1,) if backend == "compile" else (1, 3):  # a second size is a second compilation, a minute
         images = torch.randint(0, 256, (batch_size, 96, 128, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
         with torch.inference_mode():
-            expected, found = model(images), network(images)
+            expected, found = model(images), runner(images)
         assert expected.class_logits.std() > 0.1
         torch.testing.assert_close(found.codes, expected.codes, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=1e-4)
@@ -57,13 +73,13 @@ def test_packed_convolutions_say_the_same(folded: bool, padding: PaddingMode) ->
         model(torch.randint(0, 256, (4, 3, 96, 128), dtype=torch.uint8))
     model = fold_norms(model.eval()) if folded else model.eval()
     keys, plain = list(model.state_dict()), copy.deepcopy(model)
-    network = build_network(model, "torch", CPU)
+    runner = PackedRunner(model)
     assert list(model.state_dict()) == keys, "the detector itself stays as it was"
-    assert not any(isinstance(layer, torch.nn.Conv2d) for layer in network.modules())
+    assert not any(isinstance(layer, torch.nn.Conv2d) for layer in runner._packed.modules())
     for batch_size in (1, 3):
         images = torch.randint(0, 256, (batch_size, 3, 96, 128), dtype=torch.uint8)
         with torch.inference_mode():
-            expected, found = plain(images), network(images)
+            expected, found = plain(images), runner(images)
         assert expected.class_logits.std() > 0.01
         torch.testing.assert_close(found.codes, expected.codes, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=1e-5)
@@ -91,24 +107,151 @@ def test_a_missing_package_is_named(backend: Backend, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, backend, None)
     monkeypatch.setattr("detection.inference.runners.to_onnx", lambda model: b"")
     with pytest.raises(ValueError, match=rf"needs the package {backend}.*pip install 'litedet\[export\]'"):
-        Predictor(*small_detector(), CPU, backend)
+        build_runner(small_detector()[0], backend)
 
 
-@pytest.mark.parametrize(("backend", "expected"), [("torch", 2), ("compile", 2), ("onnxruntime", 1), ("openvino", 1)])
-def test_torch_leaves_the_cores_to_a_backend_with_threads_of_its_own(backend: Backend, expected: int) -> None:
+class Own:
+    """A runner with threads of its own."""
+
+    own_threads = True
+
+    def __call__(self, images: Tensor) -> RawPredictions:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        with threads_for(backend):
-            assert torch.get_num_threads() == expected
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_torch_leaves_the_cores_to_a_runner_with_threads_of_its_own() -> None:
+    with threads_for(Own()):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+    with threads_for(lambda images: RawPredictions(images, images, images)):
         assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_predictions_at_once_leave_the_number_of_threads() -> None:
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+
+    def first() -> None:
+        with threads_for(Own()):
+            first_is_in.set()
+            assert second_is_in.wait(10)
+        first_is_out.set()
+
+    def second() -> int:
+        assert first_is_in.wait(10)
+        with threads_for(Own()):
+            inside = torch.get_num_threads()
+            second_is_in.set()
+            assert first_is_out.wait(10)
+        return inside
+
+    with ThreadPoolExecutor(2) as pool:
+        begun, inside = pool.submit(first), pool.submit(second)
+        begun.result()
+        assert inside.result() == 1
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2, "a thread begun later has them all"
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime", "openvino"])
+def test_four_threads_get_what_one_gets(backend: Backend) -> None:
+    if backend != "torch":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip(backend)
+    predictor = small_predictor(backend)
+    predictor.postprocess.config.score_threshold = 0.01
+    images = list(np.random.default_rng(0).integers(0, 256, (24, 60, 80, 3), dtype=np.uint8))
+    alone = [predictor(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(predictor, images))
+    for one, other in zip(alone, together, strict=True):
+        assert len(one) > 0
+        torch.testing.assert_close(other.boxes, one.boxes, rtol=0, atol=1e-4)
+        torch.testing.assert_close(other.scores, one.scores, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "onnxruntime", "openvino"])
+def test_a_predictor_is_copied_and_pickled(backend: Backend) -> None:
+    if backend != "torch":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip(backend)
+    predictor = small_predictor(backend)
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    expected = predictor(image)
+    for other in (copy.deepcopy(predictor), pickle.loads(pickle.dumps(predictor))):
+        assert type(other.runner) is type(predictor.runner)
+        assert other.info == predictor.info
+        assert torch.equal(other(image).scores, expected.scores)
+
+
+def test_half_precision_where_the_device_has_it() -> None:
+    model, info = small_detector()
+    predictor = Predictor(build_runner(model, amp="bf16"), info)
+    image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    expected = small_predictor()(image)
+    assert predictor(image).scores.dtype == torch.float32
+    assert predictor(image).scores[0] == pytest.approx(expected.scores[0].item(), abs=0.02)
+    with pytest.raises(UserError, match="'fp16' needs a GPU"):
+        build_runner(model, amp="fp16")
+    with pytest.raises(UserError, match="openvino computes in float32 here"):
+        build_runner(model, "openvino", amp="bf16")
+    with pytest.raises(UserError, match="amp 'half' is unknown"):
+        build_runner(model, amp="half")  # type: ignore[arg-type]
+
+
+def test_unknown_backends_are_named() -> None:
+    with pytest.raises(
+        UserError, match="'tensorrt' is unknown; there are 'torch', 'compile', 'onnxruntime', 'openvino'"
+    ):
+        build_runner(small_detector()[0], "tensorrt")  # type: ignore[arg-type]
+
+
+def test_a_model_stays_as_it_is_when_it_is_run() -> None:
+    model, _ = small_detector()
+    model.train()
+    keys = list(model.state_dict())
+    build_runner(model)
+    runner = TorchRunner(model, CPU)
+    with torch.inference_mode():
+        runner(torch.zeros(1, 3, 96, 128, dtype=torch.uint8))
+    assert model.training
+    assert list(model.state_dict()) == keys
+    assert not any(norm.num_batches_tracked for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d))
+
+
+def test_a_runner_is_given_no_more_than_it_takes() -> None:
+    sizes = []
+
+    class Small:
+        max_batch = 2
+
+        def __call__(self, images: Tensor) -> RawPredictions:
+            sizes.append(len(images))
+            means = images.float().mean((1, 2, 3))[:, None, None]
+            return RawPredictions(means.expand(-1, 1, 4), means, torch.zeros(1, 4))
+
+    images = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 8, 8)
+    raw = run_in_parts(Small(), images)
+    assert sizes == [2, 2, 1]
+    assert raw.class_logits.flatten().tolist() == [0, 1, 2, 3, 4]
+    assert raw.codes.shape == (5, 1, 4)
 
 
 def test_cpu_backends_refuse_other_devices() -> None:
     with pytest.raises(ValueError, match="backend openvino runs on the CPU here, the device is meta"):
-        build_network(small_detector()[0], "openvino", torch.device("meta"))
+        build_runner(small_detector()[0], "openvino", torch.device("meta"))
 
 
 def test_the_package_imports_no_backend() -> None:

@@ -1,5 +1,9 @@
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,11 +11,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from test_predictor import small_detector
 
 from detection.cli import video as demo_video
 from detection.data.drawn.synthetic import draw_video_frames
 from detection.inference.video import FrameReader, write_video
 from detection.structures import Detections
+from detection.weights.native import save_detector
 
 
 class FakeDetector:
@@ -118,6 +124,35 @@ def test_ctrl_c_leaves_whole_files(video: Path, detector: FakeDetector, capsys: 
     assert "4 frames in" in printed.out
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs the signals of Unix")
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_leaves_whole_files(tmp_path: Path, name: str, status: int):
+    save_detector(tmp_path / "d.safetensors", *small_detector())
+    write_video(tmp_path / "video.mp4", [np.full((96, 128, 3), (150, 90, 60), np.uint8)] * 2000, 25)
+    out, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"
+    argv = [str(tmp_path / "d.safetensors"), "--source", str(tmp_path / "video.mp4"), "--out", str(out)]
+    code = "import sys; from detection.cli.video import main; main(sys.argv[1:])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *argv, "--json", str(lines), "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not (lines.is_file() and lines.read_text().count("\n") >= 5):
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    process.send_signal(signal.SIGTERM)  # a second one must not cut off the closing
+    printed, errors = process.communicate()
+    assert process.returncode in (status, 143 if name == "SIGHUP" else status), errors
+    assert "stopped by SIG" in errors
+    assert "Traceback" not in errors
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert len(records) >= 5
+    assert len(records) - count_frames(out) in (0, 1)  # the frame under way may have its line and not its image
+    assert f"video: {out}" in printed
+
+
 def test_broken_stream_leaves_whole_files(
     video: Path, detector: FakeDetector, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -131,11 +166,16 @@ def test_broken_stream_leaves_whole_files(
             return self.capture.read() if self.left >= 0 else (False, None)
 
     monkeypatch.setattr("detection.inference.video._capture", Breaking)
-    result, lines = run(video)
+    with pytest.raises(SystemExit) as ended:
+        run(video)
     monkeypatch.undo()
-    assert (result.num_frames, len(lines), count_frames(video.parent / "out.mp4")) == (6, 6, 6)
-    assert result.broken == "ended after 6 of 12 frames: the file is cut off or damaged"
-    assert "video.mp4 ended after 6 of 12 frames" in capsys.readouterr().out
+    # A text as the code: Python prints it to stderr and ends with status 1.
+    assert ended.value.code == (
+        f"error: {video} ended after 6 of 12 frames: the file is cut off or damaged; what was made until then is kept"
+    )
+    lines = (video.parent / "out.jsonl").read_text().splitlines()
+    assert (len(lines), count_frames(video.parent / "out.mp4")) == (6, 6)
+    assert "6 frames in" in capsys.readouterr().out
 
 
 def test_lines_are_there_while_it_runs(video: Path, detector: FakeDetector):
@@ -200,7 +240,7 @@ def test_wrong_use_is_one_clear_line(video: Path, detector: FakeDetector, capsys
     to = ["--json", str(video.parent / "a.jsonl")]
     assert "--score 1.5: a score lies" in error_of(["best.pt", "--source", str(video), *to, "--score", "1.5"], capsys)
     assert "--max-frames 0" in error_of(["best.pt", "--source", str(video), *to, "--max-frames", "0"], capsys)
-    assert "is the source itself" in error_of(["best.pt", "--source", str(video), "--out", str(video)], capsys)
+    assert "is the file of --source" in error_of(["best.pt", "--source", str(video), "--out", str(video)], capsys)
     assert "no such file or folder" in error_of(["best.pt", "--source", str(video) + "x", *to], capsys)
     assert "camera 97 does not open" in error_of(["best.pt", "--source", "97", *to], capsys)
     video.write_text("a text")

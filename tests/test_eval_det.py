@@ -16,12 +16,17 @@ from pycocotools.cocoeval import COCOeval
 
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from detection.cli.eval import main
+from detection.data.augment import EvalTransform
+from detection.data.coco import CocoIndex
+from detection.data.loader import DetectionDataset, build_loader
 from detection.engine.checkpoint import save_checkpoint
 from detection.engine.plain import to_plain
-from detection.evaluation.coco_ap import FIGURES
+from detection.evaluation.coco_ap import FIGURES, CocoEvaluator
+from detection.evaluation.run import evaluate
 from detection.inference.predictor import Predictor, load_detector
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
-from detection.postprocess import PostprocessConfig
+from detection.postprocess import PostprocessConfig, build_postprocess
+from detection.structures import RawPredictions
 from detection.weights.info import DetectorInfo
 from detection.weights.native import save_detector
 
@@ -240,3 +245,53 @@ def test_command_line(scene: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(sys, "argv", ["eval_det.py", *scene.arguments()])
     assert main(None).figures["AP"] == pytest.approx(1, abs=1e-6)
     assert "AP50       1.000" in capsys.readouterr().out
+
+
+def test_a_result_file_in_place_of_a_checkpoint(
+    scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    predictions = tmp_path / "predictions.json"
+    wanted = main(scene.arguments("--predictions", str(predictions), "--score-threshold", "0.3"))
+    file = ["--from-predictions", str(predictions), "--annotations", str(scene.annotations)]
+    for backend in ("faster", "pycocotools"):
+        result = main([*file, "--backend", backend, "--json", str(scene.json)])
+        assert result.figures == pytest.approx(wanted.figures, abs=1e-12)
+        assert {name: result.class_ap[name] for name in NAMES} == pytest.approx(wanted.class_ap)
+    report = json.loads(scene.json.read_text())
+    assert (report["checkpoint"], report["from_predictions"]) == (None, str(predictions))
+    assert "milliseconds_per_image" not in report
+    one = NAMES[0] if wanted.class_counts[NAMES[0]] else NAMES[1]
+    assert main([*file, "--classes", one]).class_ap == pytest.approx({one: wanted.class_ap[one]})
+    capsys.readouterr()
+    assert "not both" in error_of(capsys, scene.arguments("--from-predictions", str(predictions)))
+    assert "give a checkpoint" in error_of(capsys, ["--annotations", str(scene.annotations)])
+    assert "--images is missing" in error_of(capsys, [str(scene.checkpoint), "--annotations", str(scene.annotations)])
+    assert "nothing new" in error_of(capsys, [*file, "--predictions", str(tmp_path / "again.json")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runner", ["onnxruntime", "openvino"])
+def test_exported_networks_have_an_ap(scene: Scene, runner: str) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip(runner)
+    result = main(scene.arguments("--runner", runner, "--json", str(scene.json)))
+    assert result.figures["AP"] == pytest.approx(1, abs=0.02)
+    assert json.loads(scene.json.read_text())["runner"] == runner
+
+
+def test_a_function_has_an_ap(scene: Scene) -> None:
+    """What an evaluation needs is a function of images and an info record."""
+    model, info = scene.model.eval(), scene.info
+
+    def run(images: torch.Tensor) -> RawPredictions:
+        raw: RawPredictions = model(images)
+        return raw
+
+    index = CocoIndex.read(scene.annotations)
+    index = index.with_categories(np.array(info.category_ids), info.class_names)
+    transform = EvalTransform(info.model.input_size, resize_mode=info.model.resize, fill=info.model.fill)
+    loader = build_loader(DetectionDataset(index, scene.images, transform), batch_size=4, num_workers=0)
+    evaluator = CocoEvaluator(index)
+    postprocess = build_postprocess(info.model, info.postprocess, info.class_names)
+    assert evaluate(run, loader, postprocess, evaluator) is None
+    assert evaluator.compute().figures["AP"] == pytest.approx(1, abs=1e-6)

@@ -17,9 +17,12 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from detection.data.coco import CocoIndex
-from detection.evaluation.coco_ap import FIGURES, Backend, CocoEvaluator, EvaluationResult, evaluate, only_classes
+from detection.evaluation.coco_ap import FIGURES, Backend, CocoEvaluator, EvaluationResult, only_classes
+from detection.evaluation.run import evaluate
+from detection.inference.runners import TorchRunner
 from detection.structures import Batch, Detections, RawPredictions
 
+CPU = torch.device("cpu")
 BOTH: tuple[Backend, ...] = ("faster", "pycocotools")
 Box = tuple[float, float, float, float]
 
@@ -322,7 +325,7 @@ def test_loop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     index = write_index(tmp_path, [(10 + i, 3, (10 + i, 10 + i, 50, 50)) for i in range(4)], num_images=4)
     batches = [batch_of([10, 11], []), batch_of([], ["a.png: gone"]), batch_of([13], ["b.png: rotten"])]
     model, evaluator = Corners(), CocoEvaluator(index)
-    timing = evaluate(model, batches, postprocess, evaluator, torch.device("cpu"))
+    timing = evaluate(TorchRunner(model, CPU), batches, postprocess, evaluator, timing=True)
     assert model.training
     assert min(timing.network, timing.postprocess, timing.wait) > 0
     result = evaluator.compute()
@@ -331,12 +334,12 @@ def test_loop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert "nothing was found: b.png: rotten" in caplog.text
 
     model.eval()
-    evaluate(model, batches, postprocess, evaluator, torch.device("cpu"), amp="bf16")
+    evaluate(TorchRunner(model, CPU, "bf16"), batches, postprocess, evaluator)
     assert [model.training] == [False]
     assert evaluator.compute() == result  # an image that comes again is not counted again
 
     many = [batch_of([10], [f"{n}.png: gone" for n in range(12)])]
-    evaluate(model, many, postprocess, evaluator, torch.device("cpu"))
+    assert evaluate(TorchRunner(model, CPU), many, postprocess, evaluator) is None
     assert "... and 2 more" in caplog.text
 
 

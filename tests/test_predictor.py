@@ -6,18 +6,23 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image as PILImage
 
 from backbones.classifier import Classifier, ClassifierConfig
+from backbones.errors import UserError
 from backbones.mobilenetv2 import MobileNetV2Config
 from backbones.weights.info import WeightsInfo
 from backbones.weights.native import save_weights
 from detection import load_detector
 from detection.engine.checkpoint import save_checkpoint
 from detection.engine.plain import to_plain
-from detection.inference.predictor import Predictor, fold_norms, read_image
+from detection.inference.inputs import Image, to_array
+from detection.inference.predictor import Predictor, read_image
+from detection.inference.runners import Backend, build_runner, fold_norms
 from detection.models.anchors import AnchorConfig
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig
+from detection.structures import RawPredictions
 from detection.weights.info import DetectorInfo
 from detection.weights.native import DetectorFile, read_detector, read_file, save_detector
 from detection.weights.start import start_from
@@ -46,6 +51,11 @@ def small_detector(names: tuple[str, ...] = NAMES, seed: int = 0, **changes: obj
     return model, info
 
 
+def small_predictor(backend: Backend = "torch") -> Predictor:
+    model, info = small_detector()
+    return Predictor(build_runner(model, backend), info)
+
+
 @pytest.fixture
 def image() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (150, 200, 3), dtype=np.uint8)
@@ -66,7 +76,7 @@ def test_three_lines(tmp_path: Path, image: np.ndarray) -> None:
 
 
 def test_an_array_a_path_and_a_batch_are_the_same(tmp_path: Path, image: np.ndarray) -> None:
-    detector = Predictor(*small_detector(), torch.device("cpu"))
+    detector = small_predictor()
     path = tmp_path / "bild ü.png"
     assert cv2.imencode(".png", image[..., ::-1])[1].tofile(path) is None
     alone = detector(image)
@@ -175,7 +185,7 @@ def test_cuda_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_images_that_are_none(tmp_path: Path, image: np.ndarray) -> None:
-    detector = Predictor(*small_detector(), torch.device("cpu"))
+    detector = small_predictor()
     with pytest.raises(FileNotFoundError, match=r"gone\.jpg: no such image"):
         detector(tmp_path / "gone.jpg")
     for content in (b"", b"no image"):
@@ -186,3 +196,83 @@ def test_images_that_are_none(tmp_path: Path, image: np.ndarray) -> None:
         detector(image.astype(np.float32))
     with pytest.raises(ValueError, match=r"got uint8 \(150, 200\); a grey one"):
         detector(image[..., 0])
+
+
+def test_all_forms_of_an_image_are_the_same_image(tmp_path: Path, image: np.ndarray) -> None:
+    path = tmp_path / "image.png"
+    PILImage.fromarray(image).save(path)
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    forms: list[Image] = [path, str(path), PILImage.fromarray(image), PILImage.open(path), tensor, tensor.float() / 255]
+    for form in forms:
+        assert np.array_equal(to_array(form), image)
+    assert np.array_equal(to_array(tensor.double() / 255), image)
+    detector = small_predictor()
+    alone = detector(PILImage.fromarray(image))
+    for found in detector((image, *forms)):
+        torch.testing.assert_close(found.scores, alone.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_pil_images_are_turned_as_their_files_are(tmp_path: Path, image: np.ndarray) -> None:
+    for orientation in range(1, 9):
+        path = tmp_path / f"{orientation}.png"
+        exif = PILImage.Exif()
+        exif[0x0112] = orientation
+        PILImage.fromarray(image).save(path, exif=exif)
+        assert np.array_equal(to_array(PILImage.open(path)), to_array(path)), orientation
+
+
+def test_pil_images_of_other_modes(image: np.ndarray) -> None:
+    picture = PILImage.fromarray(image)
+    for mode in ("L", "1", "P", "RGBA", "LA", "CMYK"):
+        assert to_array(picture.convert(mode)).shape == image.shape
+    for mode in ("I", "F", "I;16"):
+        with pytest.raises(UserError, match=f"mode {mode} has more than 8 bits"):
+            to_array(picture.convert("L").convert(mode))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "got None"),
+        (3, "got a int"),
+        (b"bytes", "got a bytes"),
+        ([[1, 2], [3, 4]], "got a list"),
+        (torch.zeros(4, 5, 3), r"shape \(3, height, width\), got \(4, 5, 3\); permute"),
+        (torch.zeros(1, 3, 4, 5), r"a batch is given as list\(images\)"),
+        (torch.zeros(3, 4, 5, dtype=torch.int64), "got torch.int64"),
+        (torch.full((3, 4, 5), 255.0), "in 0..1, got 255 to 255"),
+        (torch.full((3, 4, 5), float("nan")), "in 0..1, got nan"),
+        (np.zeros((4, 5, 3)), r"got float64 \(4, 5, 3\); one in 0..1 becomes uint8"),
+        (np.zeros((4, 5, 4), np.uint8), r"got uint8 \(4, 5, 4\)$"),
+    ],
+)
+def test_what_is_no_image_gets_one_line(given: object, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        small_predictor()([given])  # type: ignore[list-item]
+    assert "\n" not in str(caught.value)
+
+
+def test_one_number_for_the_input_size(tmp_path: Path, image: np.ndarray) -> None:
+    save_detector(tmp_path / "d.safetensors", *small_detector())
+    detector = load_detector(tmp_path / "d.safetensors", device="cpu", input_size=128)
+    assert detector.info.model.input_size == (128, 128)
+    detector(image)
+    for wrong in ((96,), "320", (96.0, 96.0), True, -3):
+        with pytest.raises(UserError, match="input_size is"):
+            load_detector(tmp_path / "d.safetensors", device="cpu", input_size=wrong)  # type: ignore[arg-type]
+
+
+def test_a_function_is_a_runner(image: np.ndarray) -> None:
+    model, info = small_detector()
+    plain = model.eval()
+    asked: list[torch.Size] = []
+
+    def run(images: torch.Tensor) -> RawPredictions:
+        assert images.dtype == torch.uint8
+        asked.append(images.shape)
+        raw: RawPredictions = plain(images)
+        return raw
+
+    found = Predictor(run, info)(image)
+    torch.testing.assert_close(found.scores, small_predictor()(image).scores, rtol=1e-3, atol=1e-4)
+    assert asked == [(1, 3, 96, 128)]

@@ -85,7 +85,7 @@ def _measure(folder: Path, image_dir: Path, file_names: tuple[str, ...], size: i
         open_us=opened / size * 1e6,
         sample_ms=sampled / samples * 1e3,
         worker_growth_kib=worker_growth(dataset, samples),
-        evaluator_bytes=array_bytes(evaluator) / len(detections[0]),
+        evaluator_bytes=array_bytes(evaluator.table) / len(detections[0]),
         evaluation_us=evaluated / size * 1e6,
     )
 

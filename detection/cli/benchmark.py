@@ -45,9 +45,10 @@ from detection.data.drawn.synthetic import draw_detection_set
 from detection.data.loader import DetectionDataset, build_loader
 from detection.engine.optim import OptimConfig, build_optimizer, parameter_groups
 from detection.engine.runtime import main_errors, open_runtime
-from detection.evaluation.coco_ap import FIGURES, CocoEvaluator, write_json
+from detection.evaluation.coco_ap import FIGURES, CocoEvaluator
+from detection.evaluation.table import write_json
 from detection.inference.predictor import Predictor, read_image
-from detection.inference.runners import Backend
+from detection.inference.runners import Backend, build_runner
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig
 from detection.structures import Batch
@@ -265,9 +266,7 @@ class Benchmark:
         return self.images[self._turn // 2 % len(self.images)]
 
     def _predictor(self, backend: Backend) -> Predictor:
-        model, info = SSDLite(self.model.config, self.model.num_classes), self.info
-        model.load_state_dict(self.model.state_dict())
-        return Predictor(model, info, torch.device("cpu"), backend)
+        return Predictor(build_runner(self.model, backend, torch.device("cpu")), self.info)
 
     def _predict_peer(self) -> object:
         with torch.inference_mode():
@@ -301,7 +300,7 @@ class Benchmark:
         ours = self._predictor("torch")
         with torch.inference_mode():
             inputs = [torch.from_numpy(cv2.resize(p, (width, height))).permute(2, 0, 1)[None] for p in self.images]
-            raws = [ours.network(image) for image in inputs]
+            raws = [ours.runner(image) for image in inputs]
             sizes = [tuple(image.shape[:2]) for image in self.images]
             placements = [torch.tensor([[width / w, height / h, 0.0, 0.0]]) for h, w in sizes]
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from detection.cli.outputs import refuse_overwrites
 from detection.data.formats.convert import ConversionReport, convert_voc, convert_yolo
 from detection.engine.runtime import main_errors
 
@@ -57,6 +58,8 @@ Command = (
 @main_errors
 def main(argv: Sequence[str] | None = None) -> ConversionReport:
     command: Voc | Yolo = tyro.cli(Command, args=argv, description=__doc__)
+    read = {f"--{name}": getattr(command, name, None) for name in ("annotations", "images", "labels", "list", "names")}
+    refuse_overwrites(read, {"--out": command.out})
     if isinstance(command, Voc):
         report = convert_voc(
             command.annotations,

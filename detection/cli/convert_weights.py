@@ -32,6 +32,7 @@ from detection.classification.data import (
     UnreadableImageError,
     read_image,
 )
+from detection.cli.outputs import refuse_overwrites
 from detection.engine.runtime import main_errors
 from detection.weights.hub import fetch, published
 from detection.weights.recognition import Converted, convert
@@ -60,8 +61,10 @@ class ConvertConfig:
         ending = ".safetensors" if self.to == "litedet" else ".pth"
         if self.out.suffix != ending:
             raise UserError(f"{self.out}: with --to {self.to} the result is a {ending} file; give it that ending")
-        if self.out.exists() and Path(self.source).exists() and self.out.samefile(self.source):
-            raise UserError(f"{self.out} is the source itself; it would be overwritten")
+        refuse_overwrites(
+            {"the source": self.source, "--class-names": self.class_names, "--statistics-from": self.statistics_from},
+            {"the result": self.out},
+        )
         if self.max_images < 1 or self.image_size < 32:
             raise UserError("--max-images is at least 1 and --image-size at least 32")
 

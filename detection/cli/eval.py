@@ -1,6 +1,7 @@
 """Measure a detector's COCO AP on images with a COCO json.
 
 python tools/eval_det.py RUN/best.pt --annotations FILE --images DIR --json OUT.json
+python tools/eval_det.py --from-predictions FILE --annotations FILE
 """
 
 import logging
@@ -14,6 +15,7 @@ import numpy as np
 import tyro
 
 from backbones.errors import UserError
+from detection.cli.outputs import refuse_overwrites
 from detection.data.augment import EvalTransform
 from detection.data.coco import CocoIndex
 from detection.data.loader import DetectionDataset, build_loader
@@ -22,24 +24,27 @@ from detection.evaluation.coco_ap import (
     Backend,
     CocoEvaluator,
     EvaluationResult,
-    EvaluationTiming,
-    evaluate,
+    coco_ap,
     only_classes,
-    write_json,
 )
-from detection.inference.predictor import Predictor
+from detection.evaluation.run import EvaluationTiming, evaluate
+from detection.evaluation.table import read_coco_results, write_json
+from detection.inference import runners
+from detection.postprocess import build_postprocess
 from detection.weights.hub import locate
 from detection.weights.native import read_detector
 
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[Path | None] = None
     """A training's best.pt, a detector's .safetensors, or a published name (tools/convert_weights.py --list)."""
     annotations: Path
     """A COCO json. Its classes are matched with the detector's by name; it may have fewer."""
-    images: Path
-    """The folder that the file names in it start from."""
+    images: Path | None = None
+    """The folder that the file names in it start from. Needed with a checkpoint."""
+    from_predictions: Path | None = None
+    """Measure the detections in this COCO result json, whoever wrote it, in place of a checkpoint's."""
     json: Path | None = None
     """Write the twelve figures, AP per class and the speed here."""
     predictions: Path | None = None
@@ -48,6 +53,9 @@ class EvalConfig:
     """Evaluate these classes alone, by name. None given: all."""
     backend: Backend = "faster"
     """Who computes AP. Both give the same figures; pycocotools is the reference and takes 12 times as long."""
+    runner: runners.Backend = "torch"
+    """What runs the network. compile needs a C++ compiler; onnxruntime and openvino run on the CPU and need
+    pip install 'litedet[export]'."""
     batch_size: int = 32
     """Images per batch."""
     workers: int = 2
@@ -64,6 +72,15 @@ class EvalConfig:
     """Of two boxes of a class that overlap more (IoU), the one with the lower score goes. None: the one in the checkpoint."""
 
     def validate(self) -> None:
+        """Raises UserError for values that make no sense, alone or together."""
+        if (self.checkpoint is None) == (self.from_predictions is None):
+            raise UserError("give a checkpoint to evaluate, or --from-predictions FILE, and not both")
+        if self.checkpoint is not None and self.images is None:
+            raise UserError("--images is missing: the folder of the images that the detector is to see")
+        if self.from_predictions is not None and self.predictions is not None:
+            raise UserError(
+                "--predictions writes what a checkpoint finds; with --from-predictions there is nothing new"
+            )
         if self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, got {self.batch_size}")
         if self.workers < 0:
@@ -75,14 +92,43 @@ def main(argv: Sequence[str] | None = None) -> EvaluationResult:
     config = tyro.cli(EvalConfig, args=sys.argv[1:] if argv is None else argv, description=__doc__)
     config.validate()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    device = choose_device(config.device)
+    refuse_overwrites(
+        {
+            "the checkpoint": config.checkpoint,
+            "--annotations": config.annotations,
+            "--images": config.images,
+            "--from-predictions": config.from_predictions,
+        },
+        {"--json": config.json, "--predictions": config.predictions},
+    )
+    result, timing = _measure_file(config) if config.from_predictions else _measure_detector(config)
+    print(table(result, timing))
+    if config.predictions is not None:
+        print(f"{result.num_detections} detections written to {config.predictions}")
+    if config.json is not None:
+        write_json(config.json, report(config, result, timing))
+        print(f"figures written to {config.json}")
+    return result
 
+
+def _measure_file(config: EvalConfig) -> tuple[EvaluationResult, None]:
+    assert config.from_predictions is not None
+    index = CocoIndex.read(config.annotations)
+    detections = read_coco_results(config.from_predictions, index)
+    return coco_ap(index, detections, backend=config.backend, classes=config.classes or None), None
+
+
+def _measure_detector(config: EvalConfig) -> tuple[EvaluationResult, EvaluationTiming]:
+    assert config.checkpoint is not None
+    assert config.images is not None
+    device = choose_device(config.device)
     model, info = read_detector(locate(config.checkpoint), config.input_size)
     if config.score_threshold is not None:
         info.postprocess.score_threshold = config.score_threshold
     if config.nms_threshold is not None:
         info.postprocess.nms_threshold = config.nms_threshold
-    detector = Predictor(model, info, device)
+    postprocess = build_postprocess(info.model, info.postprocess, info.class_names)
+    runner = runners.build_runner(model, config.runner, device, config.amp)
 
     index = CocoIndex.read(config.annotations)
     if config.classes:
@@ -97,21 +143,16 @@ def main(argv: Sequence[str] | None = None) -> EvaluationResult:
         pin_memory=device.type == "cuda",
     )
 
-    timing = evaluate(detector.model, loader, detector.postprocess, evaluator, device, config.amp)
+    timing = evaluate(runner, loader, postprocess, evaluator, timing=True)
     result = evaluator.compute()
     if len(result.unreadable) == result.num_images:
         raise UserError(f"none of {result.num_images} images can be read; the first: {result.unreadable[0]}")
-    print(table(result, timing))
     if config.predictions is not None:
-        number = evaluator.write_coco_results(config.predictions)
-        print(f"{number} detections written to {config.predictions}")
-    if config.json is not None:
-        write_json(config.json, report(config, result, timing))
-        print(f"figures written to {config.json}")
-    return result
+        evaluator.write_coco_results(config.predictions)
+    return result, timing
 
 
-def table(result: EvaluationResult, timing: EvaluationTiming) -> str:
+def table(result: EvaluationResult, timing: EvaluationTiming | None = None) -> str:
     """The result for people: classes in the order of their labels, those without an object in the file with a dash."""
     width = max(len("class"), *(len(name) for name in result.class_ap))
     lines = [f"{'class':<{width}}  objects     AP"]
@@ -119,12 +160,12 @@ def table(result: EvaluationResult, timing: EvaluationTiming) -> str:
         lines.append(f"{name:<{width}}  {result.class_counts[name]:>7}  {_figure(ap)}")
     lines.append("")
     lines += [f"{name:<10} {_figure(None if value < 0 else value)}" for name, value in result.figures.items()]
-    lines += [
-        "",
-        f"{result.num_images} images, {result.num_detections} detections",
-        f"{timing.network:.1f} ms network, {timing.postprocess:.1f} ms post-processing, {timing.wait:.1f} ms waiting for "
-        "data, per image",
-    ]
+    lines += ["", f"{result.num_images} images, {result.num_detections} detections"]
+    if timing is not None:
+        lines.append(
+            f"{timing.network:.1f} ms network, {timing.postprocess:.1f} ms post-processing, {timing.wait:.1f} ms waiting for "
+            "data, per image"
+        )
     if result.unreadable:
         lines.append(
             f"{len(result.unreadable)} images could not be read and count as images in which nothing was found"
@@ -136,7 +177,7 @@ def _figure(value: float | None) -> str:
     return f"{'-':>5}" if value is None else f"{value:.3f}"
 
 
-def report(config: EvalConfig, result: EvaluationResult, timing: EvaluationTiming) -> dict[str, object]:
+def report(config: EvalConfig, result: EvaluationResult, timing: EvaluationTiming | None) -> dict[str, object]:
     """The result for programs."""
     return {
         **result.figures,
@@ -145,8 +186,9 @@ def report(config: EvalConfig, result: EvaluationResult, timing: EvaluationTimin
         "num_images": result.num_images,
         "num_detections": result.num_detections,
         "unreadable": list(result.unreadable),
-        "milliseconds_per_image": asdict(timing),
-        "checkpoint": str(config.checkpoint),
+        **({} if timing is None else {"milliseconds_per_image": asdict(timing), "runner": config.runner}),
+        "checkpoint": None if config.checkpoint is None else str(config.checkpoint),
+        "from_predictions": None if config.from_predictions is None else str(config.from_predictions),
         "annotations": str(config.annotations),
         "backend": config.backend,
     }

@@ -2,9 +2,11 @@
 
 python tools/demo_video.py RUN/best.pt --source FILE|0|URL|FOLDER --out OUT.mp4 --json OUT.jsonl
 
-It ends with the video, with q or Esc in the window, with Ctrl-C, or where the stream breaks off; the files are whole then.
+It ends with the video, with q or Esc in the window, or with Ctrl-C. SIGTERM (docker stop), SIGHUP (a closed terminal) and a
+source that breaks off end it too, with an exit status other than 0. Video and lines are whole in all these cases.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -22,6 +24,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from backbones.errors import UserError
+from detection.cli.outputs import refuse_overwrites
+from detection.cli.stopping import Terminated, let_go_of_terminal, terminated_as_interrupted
 from detection.engine.runtime import DeviceChoice, main_errors
 from detection.images.draw import draw_detections, draw_frame_rate
 from detection.inference.predictor import load_detector
@@ -58,8 +62,6 @@ class DemoConfig:
             raise UserError(f"--score {self.score}: a score lies between 0 and 1")
         if self.max_frames is not None and self.max_frames < 1:
             raise UserError(f"--max-frames {self.max_frames}: must be at least 1")
-        if self.out is not None and Path(self.source).exists() and self.out.resolve() == Path(self.source).resolve():
-            raise UserError(f"--out {self.out} is the source itself; it would be overwritten while it is read")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,6 +87,28 @@ class DemoResult:
 def main(argv: Sequence[str] | None = None) -> DemoResult:
     config = tyro.cli(DemoConfig, args=argv, description=__doc__)
     config.validate()
+    refuse_overwrites(
+        {"the checkpoint": config.checkpoint, "--source": config.source}, {"--out": config.out, "--json": config.json}
+    )
+    terminated: Terminated | None = None
+    try:
+        with terminated_as_interrupted():
+            result, terminated = _watch(config)
+    except Terminated as error:  # before the first frame
+        terminated = error
+        with contextlib.suppress(OSError):
+            print(error, file=sys.stderr)
+    if terminated is not None:
+        let_go_of_terminal()
+        raise SystemExit(terminated.status)
+    if result.broken:
+        raise SystemExit(f"error: {config.source} {result.broken}; what was made until then is kept")
+    return result
+
+
+def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
+    """Goes through the source; the signal that ended it, if one did."""
+    terminated: Terminated | None = None
     with ExitStack() as stack:
         # The quick checks come first: the network takes seconds to load.
         reader = stack.enter_context(FrameReader(config.source))
@@ -124,8 +148,10 @@ def main(argv: Sequence[str] | None = None) -> DemoResult:
                 progress.update()
                 if stop or num_frames == config.max_frames:
                     break
-        except KeyboardInterrupt:
-            progress.write("stopped by Ctrl-C", file=sys.stderr)
+        except KeyboardInterrupt as error:
+            terminated = error if isinstance(error, Terminated) else None
+            with contextlib.suppress(OSError):  # the terminal may be what was closed
+                progress.write(str(terminated or "stopped by Ctrl-C"), file=sys.stderr)
         seconds = time.monotonic() - begin
     result = DemoResult(
         num_frames=num_frames,
@@ -134,8 +160,12 @@ def main(argv: Sequence[str] | None = None) -> DemoResult:
         broken=reader.broken,
         skipped=reader.skipped,
     )
-    _print_summary(result, config, reader)
-    return result
+    try:
+        _print_summary(result, config, reader)
+    except OSError:
+        if terminated is None:
+            raise
+    return result, terminated
 
 
 def _record(frame: Frame, found: Detections) -> dict[str, object]:
@@ -157,8 +187,6 @@ def _print_summary(result: DemoResult, config: DemoConfig, reader: FrameReader) 
         f"of which the network {result.network_seconds:.1f} s"
         + (f"; {reader.num_dropped} frames of the live source were left out to keep up" if reader.num_dropped else "")
     )
-    if result.broken:
-        print(f"{config.source} {result.broken}")
     for what in result.skipped:
         print(f"left out: {what}")
     for what, path in (("video", config.out), ("detections", config.json)):

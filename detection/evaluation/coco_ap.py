@@ -1,4 +1,4 @@
-"""COCO average precision, and the loop that brings a detector to it.
+"""COCO average precision of a table of detections.
 
 The matching and counting is done by ``faster_coco_eval`` (C++) or by ``pycocotools``, the reference, which takes 12 times
 as long. Both give the same figures; tests/test_evaluation.py holds them together.
@@ -12,33 +12,24 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-import logging
-import os
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import msgspec
 import numpy as np
-import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from backbones.errors import UserError
 from detection.data.coco import CocoIndex
-from detection.structures import Batch, Detections, RawPredictions
+from detection.evaluation.table import DetectionTable, write_coco_results, xyxy_to_xywh
+from detection.structures import Detections
 
 Backend = Literal["faster", "pycocotools"]
-
-_log = logging.getLogger(__name__)
-
-_NUM_NAMED = 10  # unreadable images that a warning names before it only counts
+IOU_THRESHOLDS: NDArray[np.float64] = np.linspace(0.5, 0.95, 10)
 
 # How each figure is cut out of the arrays of precision or recall: (array, IoU threshold or all, area range, limit).
 _FIGURES: dict[str, tuple[Literal["precision", "recall"], float | None, int, int]] = {
@@ -98,6 +89,18 @@ class _Boxes(NamedTuple):
     areas: NDArray[np.float64]
     last: NDArray[np.float64]
 
+    @classmethod
+    def of_index(cls, index: CocoIndex) -> _Boxes:
+        """Every record of a file, in the order of the index."""
+        image_ids = np.repeat(index.image_ids, np.diff(index.offsets))
+        return cls(image_ids, index.xywh, index.labels, index.areas, index.crowd.astype(np.float64))
+
+    @classmethod
+    def of_table(cls, table: DetectionTable) -> _Boxes:
+        """Every detection, in the order of the table."""
+        xywh = xyxy_to_xywh(table.boxes)
+        return cls(table.image_ids, xywh, table.labels, xywh[:, 2] * xywh[:, 3], table.scores.astype(np.float64))
+
     def rows(self, rows: NDArray[np.int64]) -> _Boxes:
         return _Boxes(self.image_ids[rows], self.xywh[rows], self.labels[rows], self.areas[rows], self.last[rows])
 
@@ -105,16 +108,119 @@ class _Boxes(NamedTuple):
         return self.rows(np.flatnonzero(self.labels == label))
 
 
-class CocoEvaluator:
-    """Takes detections batch by batch and gives the COCO figures at the end.
-
-    Detections are kept as flat arrays, 36 bytes each.
+def coco_ap(
+    index: CocoIndex, table: DetectionTable, *, backend: Backend = "faster", classes: Sequence[str] | None = None
+) -> EvaluationResult:
+    """The COCO figures of a table over every image of an annotation file; one without detections counts as just that.
 
     Args:
-        index: the ground truth. Its labels are those of the detections; see ``CocoIndex.with_categories`` for a detector
-            that learnt from another file. Crowds and areas count as COCO counts them.
-        backend: who computes the figures.
+        index: the ground truth. Its labels are those of the table; see ``CocoIndex.with_categories`` for a detector that
+            learnt from another file. Crowds and areas count as COCO counts them.
+        table: what was found, in any order.
+        backend: who computes the figures; both give the same.
         classes: names of the classes to evaluate; None takes all. Others are left out of ground truth and detections.
+
+    Raises:
+        UserError: the file has no box that could be found, or a name in ``classes`` is unknown.
+    """
+    chosen = _choose(index, classes)
+    truth, found = _ground_truth(index), _found(table, chosen.labels)
+    precision, recall = [], []
+    with _without_garbage_collection():
+        # One class after the other gives the same arrays as all at once, and at any time only the records of one class exist
+        # as the dicts that both libraries ask for.
+        for label in chosen.labels.tolist():
+            class_precision, class_recall = _count(backend, truth, found, label)
+            precision.append(class_precision)
+            recall.append(class_recall)
+    return EvaluationResult(
+        figures=_figures(np.stack(precision, 2), np.stack(recall, 1)),
+        class_ap={name: _mean(p[..., 0, 2]) for name, p in zip(chosen.counts, precision, strict=True)},
+        class_counts=chosen.counts,
+        num_images=len(index),
+        num_detections=len(found.labels),
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Matches:
+    """Which detection COCO took for which annotation, at each IoU threshold.
+
+    An annotation's *record* is its row in the arrays over N of the ``CocoIndex``, a detection's *row* that in the table.
+
+    Attributes:
+        iou_thresholds: float64 [T], 0.50, 0.55 ... 0.95.
+        annotations: int64 [T, N], the record that each detection was matched with; -1 where it was matched with none.
+        ignored: bool [T, N], true for a detection that counts neither as right nor as wrong: matched with a crowd, of a class
+            that was not evaluated, or not among the best 100 of its class in its image. A detection that is not ignored is
+            right where it has a record and wrong where it has none.
+        detections: int64 [T, M], the row that found each annotation; -1 where none did. Of a crowd, which any number of
+            detections may lie on, one of them.
+        counted: bool [M], true for the annotations that count as objects to be found: no crowds, and of an evaluated class. A
+            counted annotation without a row is missed.
+    """
+
+    iou_thresholds: NDArray[np.float64]
+    annotations: NDArray[np.int64]
+    ignored: NDArray[np.bool_]
+    detections: NDArray[np.int64]
+    counted: NDArray[np.bool_]
+
+
+def match_detections(index: CocoIndex, table: DetectionTable, classes: Sequence[str] | None = None) -> Matches:
+    """The matches behind the figures of ``coco_ap`` (all areas), found by pycocotools and a dozen times slower.
+
+    Args:
+        index, table, classes: as for ``coco_ap``.
+
+    Raises:
+        UserError: see ``coco_ap``.
+    """
+    chosen = _choose(index, classes)
+    T, N, M = len(IOU_THRESHOLDS), len(table), len(index.labels)
+    annotations = np.full((T, N), -1, np.int64)
+    detections = np.full((T, M), -1, np.int64)
+    ignored = np.ones((T, N), np.bool_)
+    counted = np.isin(index.labels, chosen.labels) & ~index.crowd
+    # In the order in which coco_ap counts, so that equal scores are matched in the same order.
+    records = np.flatnonzero(np.isin(index.labels, chosen.labels))
+    rows = np.flatnonzero(np.isin(table.labels, chosen.labels))
+    rows = rows[np.argsort(table.image_ids[rows], kind="stable")]
+    truth = _Boxes.of_index(index).rows(records)
+    found = _Boxes.of_table(table).rows(rows)
+    with contextlib.redirect_stdout(io.StringIO()), _without_garbage_collection():
+        evaluation = _evaluation(*_library("pycocotools"), truth, found, chosen.labels.tolist())
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = [[0, 1e10]], ["all"]
+        evaluation.evaluate()
+    for image in evaluation.evalImgs:
+        if image is None:
+            continue
+        # Ids in pycocotools are numbers from 1 in truth and found, 0 is no match.
+        own_rows = rows[np.array(image["dtIds"], np.int64) - 1]
+        own_records = records[np.array(image["gtIds"], np.int64) - 1]
+        matched, finder = image["dtMatches"].astype(np.int64), image["gtMatches"].astype(np.int64)
+        annotations[:, own_rows] = _pick(records, matched)
+        detections[:, own_records] = _pick(rows, finder)
+        ignored[:, own_rows] = image["dtIgnore"].astype(np.bool_)
+    return Matches(
+        iou_thresholds=IOU_THRESHOLDS.copy(),
+        annotations=annotations,
+        ignored=ignored,
+        detections=detections,
+        counted=counted,
+    )
+
+
+def _pick(places: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place of each number from 1 on, -1 for 0."""
+    return np.concatenate([[-1], places])[numbers]
+
+
+class CocoEvaluator:
+    """Collects detections batch by batch, from several processes too, and gives the COCO figures at the end.
+
+    Args:
+        index, backend, classes: as for ``coco_ap``.
 
     Raises:
         UserError: the file has no box that could be found, or a name in ``classes`` is unknown.
@@ -123,22 +229,8 @@ class CocoEvaluator:
     def __init__(self, index: CocoIndex, backend: Backend = "faster", classes: Sequence[str] | None = None) -> None:
         self.index = index
         self.backend = backend
-        self.class_names = tuple(index.class_names if classes is None else dict.fromkeys(classes))
-        unknown = [name for name in self.class_names if name not in index.class_names]
-        if unknown or not self.class_names:
-            raise UserError(
-                f"no such class: {', '.join(map(repr, unknown)) or 'none was named'}; "
-                f"the classes are {', '.join(map(repr, index.class_names))}"
-            )
-        self._labels = np.array([index.class_names.index(name) for name in self.class_names], np.int64)
-        counts = np.bincount(index.labels[~index.crowd], minlength=index.num_classes)[self._labels]
-        self.class_counts = dict(zip(self.class_names, counts.tolist(), strict=True))
-        if not counts.any():
-            which = "" if classes is None else f" of {', '.join(map(repr, self.class_names))}"
-            raise UserError(
-                f"{index.path}: no ground truth to evaluate on: {len(index)} images, {len(index.labels)} annotations, and "
-                f"not one box{which} that is not a crowd"
-            )
+        self.class_counts = _choose(index, classes).counts
+        self.class_names = tuple(self.class_counts)
         self._known = set(index.image_ids.tolist())
         self.reset()
 
@@ -146,10 +238,13 @@ class CocoEvaluator:
         """Forget every detection."""
         self._seen: set[int] = set()
         self._unreadable: dict[str, None] = {}
-        self._image_ids: list[NDArray[np.int64]] = []
-        self._boxes: list[NDArray[np.float32]] = []
-        self._scores: list[NDArray[np.float32]] = []
-        self._label_arrays: list[NDArray[np.int64]] = []
+        self._tables: list[DetectionTable] = []
+
+    @property
+    def table(self) -> DetectionTable:
+        """All detections so far, of all classes, in the order they came."""
+        self._tables = [DetectionTable.concat(self._tables)]
+        return self._tables[0]
 
     def update(self, image_ids: Sequence[int] | Tensor, detections: Sequence[Detections]) -> None:
         """Take the detections of some images. An image that was there before keeps its first detections.
@@ -164,21 +259,15 @@ class CocoEvaluator:
         ids = image_ids.tolist() if isinstance(image_ids, Tensor) else list(image_ids)
         if len(ids) != len(detections):
             raise UserError(f"{len(ids)} image ids came with the detections of {len(detections)} images")
-        kept = []
-        for image_id, found in zip(ids, detections, strict=True):
+        new = []
+        for place, image_id in enumerate(ids):
             if image_id not in self._known:
                 raise UserError(f"image id {image_id} is not in {self.index.path}")
             if image_id not in self._seen:
                 self._seen.add(image_id)
-                kept.append((image_id, found))
-        if not kept:
-            return
-        self._append(
-            np.repeat(np.array([i for i, _ in kept], np.int64), [len(found) for _, found in kept]),
-            torch.cat([found.boxes for _, found in kept]).reshape(-1, 4).float().cpu().numpy(),
-            torch.cat([found.scores for _, found in kept]).float().cpu().numpy(),
-            torch.cat([found.labels for _, found in kept]).long().cpu().numpy(),
-        )
+                new.append(place)
+        if new:
+            self._tables.append(DetectionTable.of([ids[i] for i in new], [detections[i] for i in new]))
 
     def note_unreadable(self, reasons: Iterable[str]) -> None:
         """Name images that could not be read; they count as images in which nothing was found."""
@@ -191,84 +280,66 @@ class CocoEvaluator:
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
-        own = (sorted(self._seen), list(self._unreadable), *self._arrays())
+        own = (sorted(self._seen), list(self._unreadable), self.table)
         gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(own, gathered)
         if gathered is None:
             return
         self.reset()
-        for seen, unreadable, image_ids, boxes, scores, labels in gathered:
+        for seen, unreadable, table in gathered:
             # A sampler that pads its share gives the same image to two processes: the first one's detections stand.
             new = set(seen) - self._seen
-            rows = np.isin(image_ids, np.fromiter(new, np.int64, len(new)))
-            self._append(image_ids[rows], boxes[rows], scores[rows], labels[rows])
+            self._tables.append(table.select(np.isin(table.image_ids, np.fromiter(new, np.int64, len(new)))))
             self._seen |= new
             self.note_unreadable(unreadable)
 
     def compute(self) -> EvaluationResult:
         """The figures over every image of the annotation file; an image without detections counts as just that."""
-        truth, found = self._ground_truth(), self._detections()
-        counts = _count_faster if self.backend == "faster" else _count_pycocotools
-        precision, recall = [], []
-        with _without_garbage_collection():
-            # One class after the other gives the same arrays as all at once, and at any time only the records of one class
-            # exist as the dicts that both libraries ask for.
-            for label in self._labels.tolist():
-                class_precision, class_recall = counts(truth.of_class(label), found.of_class(label))
-                precision.append(class_precision)
-                recall.append(class_recall)
-        return EvaluationResult(
-            figures=_figures(np.stack(precision, 2), np.stack(recall, 1)),
-            class_ap={name: _mean(p[..., 0, 2]) for name, p in zip(self.class_names, precision, strict=True)},
-            class_counts=self.class_counts,
-            num_images=len(self.index),
-            num_detections=len(found.labels),
-            unreadable=tuple(self._unreadable),
-        )
+        result = coco_ap(self.index, self.table, backend=self.backend, classes=self.class_names)
+        return replace(result, unreadable=tuple(self._unreadable))
 
     def write_coco_results(self, path: str | Path) -> int:
-        """Write the detections of the evaluated classes in COCO's result format; returns their number.
+        """Write the detections of the evaluated classes in COCO's result format; returns their number."""
+        table = self.table
+        labels = [self.index.class_names.index(name) for name in self.class_names]
+        return write_coco_results(path, self.index, table.select(np.isin(table.labels, labels)))
 
-        A list of ``{"image_id", "category_id", "bbox": [left, top, width, height], "score"}`` with the category ids of the
-        annotation file.
-        """
-        found = self._detections()
-        category_ids = self.index.category_ids[found.labels].tolist()
-        rows = zip(found.image_ids.tolist(), category_ids, found.xywh.tolist(), found.last.tolist(), strict=True)
-        write_json(path, [_Result(image_id, category, box, score) for image_id, category, box, score in rows])
-        return len(category_ids)
 
-    def _append(
-        self,
-        image_ids: NDArray[np.int64],
-        boxes: NDArray[np.float32],
-        scores: NDArray[np.float32],
-        labels: NDArray[np.int64],
-    ) -> None:
-        self._image_ids.append(image_ids)
-        self._boxes.append(boxes)
-        self._scores.append(scores)
-        self._label_arrays.append(labels)
+class _Chosen(NamedTuple):
+    labels: NDArray[np.int64]  # of the classes to evaluate
+    counts: dict[str, int]  # objects of each, crowds not counted, by name
 
-    def _arrays(self) -> tuple[NDArray[Any], ...]:
-        empty = (np.empty(0, np.int64), np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, np.int64))
-        held: list[list[NDArray[Any]]] = [self._image_ids, self._boxes, self._scores, self._label_arrays]
-        return tuple(np.concatenate([first, *rest]) for first, rest in zip(empty, held, strict=True))
 
-    def _ground_truth(self) -> _Boxes:
-        index = self.index
-        image_ids = np.repeat(index.image_ids, np.diff(index.offsets))
-        truth = _Boxes(image_ids, index.xywh, index.labels, index.areas, index.crowd.astype(np.float64))
-        return truth.rows(np.argsort(image_ids, kind="stable"))
+def _choose(index: CocoIndex, classes: Sequence[str] | None) -> _Chosen:
+    """The classes to evaluate, which must have something to find."""
+    names = tuple(index.class_names if classes is None else dict.fromkeys(classes))
+    unknown = [name for name in names if name not in index.class_names]
+    if unknown or not names:
+        raise UserError(
+            f"no such class: {', '.join(map(repr, unknown)) or 'none was named'}; "
+            f"the classes are {', '.join(map(repr, index.class_names))}"
+        )
+    labels = np.array([index.class_names.index(name) for name in names], np.int64)
+    counts = np.bincount(index.labels[~index.crowd], minlength=index.num_classes)[labels]
+    if not counts.any():
+        which = f" of {', '.join(map(repr, names))}" if len(names) < index.num_classes else ""
+        raise UserError(
+            f"{index.path}: no ground truth to evaluate on: {len(index)} images, {len(index.labels)} annotations, and "
+            f"not one box{which} that is not a crowd"
+        )
+    return _Chosen(labels, dict(zip(names, counts.tolist(), strict=True)))
 
-    def _detections(self) -> _Boxes:
-        image_ids, boxes, scores, labels = self._arrays()
-        rows = np.flatnonzero(np.isin(labels, self._labels))
-        # Images come in ascending order however the work was shared: equal scores are counted in that order.
-        rows = rows[np.argsort(image_ids[rows], kind="stable")]
-        xyxy = boxes[rows].astype(np.float64)
-        xywh = np.concatenate([xyxy[:, :2], xyxy[:, 2:] - xyxy[:, :2]], axis=1)
-        return _Boxes(image_ids[rows], xywh, labels[rows], xywh[:, 2] * xywh[:, 3], scores[rows].astype(np.float64))
+
+def _ground_truth(index: CocoIndex) -> _Boxes:
+    truth = _Boxes.of_index(index)
+    return truth.rows(np.argsort(truth.image_ids, kind="stable"))
+
+
+def _found(table: DetectionTable, labels: NDArray[np.int64]) -> _Boxes:
+    rows = np.flatnonzero(np.isin(table.labels, labels))
+    # Images come in ascending order however the work was shared: equal scores are counted in that order.
+    rows = rows[np.argsort(table.image_ids[rows], kind="stable")]
+    return _Boxes.of_table(table.select(rows))
 
 
 def only_classes(index: CocoIndex, names: Sequence[str]) -> CocoIndex:
@@ -289,164 +360,74 @@ def only_classes(index: CocoIndex, names: Sequence[str]) -> CocoIndex:
     return replace(index, offsets=np.concatenate([[0], np.cumsum(kept)])[index.offsets], **per_record)
 
 
-class _Result(msgspec.Struct, gc=False):
-    image_id: int
-    category_id: int
-    bbox: list[float]
-    score: float
-
-
-def write_json(path: str | Path, content: object) -> None:
-    """Write json, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_bytes(msgspec.json.encode(content))
-    os.replace(temporary, path)
-
-
-# ---------------------------------------------------------------------------------------------------------- the loop
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluationTiming:
-    """Where the time of ``evaluate`` went, in milliseconds per image of this process.
-
-    Attributes:
-        network: from the batch on the device to raw predictions.
-        postprocess: from raw predictions to detections on the host.
-        wait: waiting for the loader, the copy to the device included.
-    """
-
-    network: float
-    postprocess: float
-    wait: float
-
-
-def evaluate(
-    model: nn.Module,
-    loader: Iterable[Batch],
-    postprocess: Callable[[RawPredictions, Tensor, Tensor], list[Detections]],
-    evaluator: CocoEvaluator,
-    device: torch.device,
-    amp: Literal["off", "bf16", "fp16"] = "off",
-) -> EvaluationTiming:
-    """Hand everything that a detector finds in the images of a loader to an evaluator.
-
-    The network runs in evaluation mode and is left in the mode it came in. In a run of several processes each goes through
-    its own share; ``evaluator.merge_across_processes()`` comes after.
-
-    Args:
-        model: images [B, 3, H, W] -> RawPredictions, on ``device``.
-        loader: batches with ``placements``, as an ``EvalTransform`` makes them.
-        postprocess: see ``detection.postprocess.Postprocess``.
-        evaluator: takes the detections, and the names of images that could not be read.
-        device: where ``model`` is.
-        amp: number format of the network's convolutions; "off" is float32.
-    """
-    autocast = torch.autocast(
-        device.type, dtype=torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off"
-    )
-    num_images, network, post, wait = 0, 0.0, 0.0, 0.0
-    unreadable: list[str] = []
-    was_training = model.training
-    model.eval()
-    bar = tqdm(
-        loader, desc="evaluation", unit="batch", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()
-    )
-    try:
-        start = time.perf_counter()
-        for batch in bar:
-            unreadable += batch.skipped
-            if not len(batch):
-                continue
-            batch = batch.to(device, non_blocking=True)
-            arrived = _now(device)
-            with torch.inference_mode():
-                with autocast:
-                    raw = model(batch.images)
-                predicted = _now(device)
-                detections = postprocess(raw, batch.placements, batch.original_sizes)
-                evaluator.update(batch.image_ids, detections)
-            done = time.perf_counter()
-            wait, network, post = wait + arrived - start, network + predicted - arrived, post + done - predicted
-            num_images += len(batch)
-            start = done
-    finally:
-        bar.close()
-        model.train(was_training)
-    for reason in unreadable[:_NUM_NAMED]:
-        _log.warning("cannot be read, counts as an image in which nothing was found: %s", reason)
-    if len(unreadable) > _NUM_NAMED:
-        _log.warning("... and %d more", len(unreadable) - _NUM_NAMED)
-    evaluator.note_unreadable(unreadable)
-    per_image = 1000 / max(num_images, 1)
-    return EvaluationTiming(network=network * per_image, postprocess=post * per_image, wait=wait * per_image)
-
-
-def _now(device: torch.device) -> float:
-    """The time when everything asked of the device so far is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 # ------------------------------------------------------------------------------------------------------------- backends
 
 
-def _records(boxes: _Boxes, last: Literal["iscrowd", "score"]) -> dict[str, Any]:
-    """The boxes of one class as a COCO file's dict.
+def _library(backend: Backend) -> tuple[Any, Any]:
+    """A backend's type of a COCO file, and its evaluation of two of them."""
+    if backend == "faster":
+        import faster_coco_eval
+        from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
-    Annotations are numbered from 1 here, whatever their ids in the file: both libraries take a match with annotation 0 for
-    no match. Images with no box of the class on either side add nothing to any sum and are not mentioned.
-    """
-    kind = int if last == "iscrowd" else float
-    rows = zip(boxes.image_ids.tolist(), boxes.xywh.tolist(), boxes.areas.tolist(), boxes.last.tolist(), strict=True)
-    return {
-        "categories": [{"id": 1}],
-        "annotations": [
-            {
-                "id": number,
-                "image_id": image_id,
-                "category_id": 1,
-                "bbox": box,
-                "area": area,
-                "iscrowd": 0,
-                last: kind(value),
-            }
-            for number, (image_id, box, area, value) in enumerate(rows, 1)
-        ],
-    }
-
-
-def _count_faster(truth: _Boxes, found: _Boxes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Precision [T, R, S, D] and recall [T, S, D] of one class, -1 where it has no ground truth."""
-    from faster_coco_eval import COCO
-    from faster_coco_eval.core.faster_eval_api import COCOeval_faster
-
-    return _count(COCO, partial(COCOeval_faster, print_function=lambda *_: None), truth, found)
-
-
-def _count_pycocotools(truth: _Boxes, found: _Boxes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """As ``_count_faster``."""
+        return faster_coco_eval.COCO, partial(COCOeval_faster, print_function=lambda *_: None)
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    return _count(COCO, COCOeval, truth, found)
+    return COCO, COCOeval
+
+
+def _evaluation(coco_type: Any, evaluation_type: Any, truth: _Boxes, found: _Boxes, labels: list[int]) -> Any:
+    """A library's evaluation of some classes, not yet run.
+
+    Images with no box of the classes on either side add nothing to any sum and are not mentioned.
+    """
+    images = [{"id": image_id} for image_id in np.union1d(truth.image_ids, found.image_ids).tolist()]
+    categories = [{"id": label + 1} for label in labels]
+    sides = []
+    for boxes, last in ((truth, "iscrowd"), (found, "score")):
+        coco = coco_type()
+        coco.dataset = {"images": images, "categories": categories, "annotations": _records(boxes, last)}  # type: ignore[arg-type]
+        coco.createIndex()
+        sides.append(coco)
+    return evaluation_type(*sides, "bbox")
+
+
+def _records(boxes: _Boxes, last: Literal["iscrowd", "score"]) -> list[dict[str, Any]]:
+    """Boxes as the annotations of a COCO file.
+
+    Annotations are numbered from 1 here, whatever their ids in the file: both libraries take a match with annotation 0 for
+    no match.
+    """
+    kind = int if last == "iscrowd" else float
+    rows = zip(
+        boxes.image_ids.tolist(),
+        (boxes.labels + 1).tolist(),
+        boxes.xywh.tolist(),
+        boxes.areas.tolist(),
+        boxes.last.tolist(),
+        strict=True,
+    )
+    return [
+        {
+            "id": number,
+            "image_id": image_id,
+            "category_id": category_id,
+            "bbox": box,
+            "area": area,
+            "iscrowd": 0,
+            last: kind(value),
+        }
+        for number, (image_id, category_id, box, area, value) in enumerate(rows, 1)
+    ]
 
 
 def _count(
-    coco_type: Any, evaluation_type: Any, truth: _Boxes, found: _Boxes
+    backend: Backend, truth: _Boxes, found: _Boxes, label: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    images = [{"id": image_id} for image_id in np.union1d(truth.image_ids, found.image_ids).tolist()]
-    sides = []
+    """Precision [T, R, S, D] and recall [T, S, D] of one class, -1 where it has no ground truth."""
+    coco_type, evaluation_type = _library(backend)
     with contextlib.redirect_stdout(io.StringIO()):
-        for boxes, last in ((truth, "iscrowd"), (found, "score")):
-            coco = coco_type()
-            coco.dataset = {"images": images, **_records(boxes, last)}  # type: ignore[arg-type]
-            coco.createIndex()
-            sides.append(coco)
-        evaluation = evaluation_type(*sides, "bbox")
+        evaluation = _evaluation(coco_type, evaluation_type, truth.of_class(label), found.of_class(label), [label])
         evaluation.evaluate()
         evaluation.accumulate()
     return evaluation.eval["precision"][:, :, 0], evaluation.eval["recall"][:, 0]
@@ -454,11 +435,10 @@ def _count(
 
 def _figures(precision: NDArray[np.float64], recall: NDArray[np.float64]) -> dict[str, float]:
     """Precision [T, R, K, S, D] and recall [T, K, S, D] -> the twelve figures, as COCO averages them."""
-    thresholds = np.linspace(0.5, 0.95, 10)
     figures = {}
     for name, (kind, threshold, area, limit) in _FIGURES.items():
         values = (precision if kind == "precision" else recall)[..., area, limit]
-        mean = _mean(values if threshold is None else values[np.isclose(thresholds, threshold)])
+        mean = _mean(values if threshold is None else values[np.isclose(IOU_THRESHOLDS, threshold)])
         figures[name] = -1.0 if mean is None else mean
     return figures
 

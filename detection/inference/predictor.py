@@ -3,87 +3,90 @@
 from detection import load_detector
 
 detector = load_detector("runs/detector/best.pt")
-detections = detector(image)  # RGB uint8 [H, W, 3], or the path of an image
+detections = detector(image)  # the path of an image, an RGB array, a PIL image, a tensor; or a list of these
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
-import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from backbones.errors import UserError
-from backbones.layers import ConvNormAct
 from detection.engine.runtime import DeviceChoice, choose_device
 from detection.images.place import place
-from detection.inference.runners import Backend, build_network, threads_for
-from detection.models.detector import Detector
+from detection.inference.inputs import Image, read_image, to_array
+from detection.inference.runners import Amp, Backend, build_runner, threads_for
 from detection.postprocess import build_postprocess
-from detection.structures import Detections
+from detection.structures import Detections, Runner, detections_to_cpu, device_of, run_in_parts
 from detection.weights.hub import locate
 from detection.weights.info import DetectorInfo
 from detection.weights.native import read_detector
 
-Image = NDArray[np.uint8] | str | Path
+__all__ = ["Image", "Predictor", "load_detector", "read_image"]
 
 
 class Predictor:
-    """A detector with everything around it: placing the image, the network, post-processing.
+    """A runner with everything around it: placing the image, the network, post-processing.
+
+    It may be called from several threads at once, and be pickled and copied where its runner can (all of
+    ``detection.inference.runners`` can; a lambda cannot).
 
     Args:
-        model: the network; batch norms are folded into the convolutions, so it can no longer be trained.
-        info: what travels with its weights.
-        device: where to compute.
-        backend: what runs the network, see ``detection.inference.runners``.
+        runner: computes raw predictions: of ``build_runner``, an exported file, or any function.
+        info: what travels with the weights: how images are placed, what the predictions mean, the names.
 
     Attributes:
+        runner, info: as given.
         class_names: name of each label.
-        info: as given.
+        device: where the runner computes.
+        postprocess: raw predictions -> detections.
     """
 
-    def __init__(self, model: Detector, info: DetectorInfo, device: torch.device, backend: Backend = "torch") -> None:
+    def __init__(self, runner: Runner, info: DetectorInfo) -> None:
+        self.runner = runner
         self.info = info
         self.class_names = info.class_names
-        self.device = device
-        self.model = fold_norms(model.eval()).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.backend = backend
-        self.network = build_network(self.model, backend, device)
+        self.device = device_of(runner)
         self.postprocess = build_postprocess(info.model, info.postprocess, info.class_names)
 
     @overload
-    def __call__(self, images: Image) -> Detections: ...
+    def __call__(self, images: list[Image] | tuple[Image, ...]) -> list[Detections]: ...
     @overload
-    def __call__(self, images: list[Image]) -> list[Detections]: ...
-    def __call__(self, images: Image | list[Image]) -> Detections | list[Detections]:
+    def __call__(self, images: Image) -> Detections: ...
+    def __call__(self, images: Image | list[Image] | tuple[Image, ...]) -> Detections | list[Detections]:
         """Find objects.
 
         Args:
-            images: RGB uint8 [H, W, 3] of any size, or the path of an image; or a list of these, which makes one batch.
+            images: an image of any size (see ``Image``: a path, an RGB uint8 array [H, W, 3], a PIL image, an RGB tensor
+                [3, H, W]), or a list of these, which makes one batch.
 
         Returns:
             The detections of the image, on the CPU, boxes in its pixels; a list of them for a list.
 
         Raises:
-            FileNotFoundError, UserError: an image that is not there, does not decode, or is no RGB uint8 array.
+            FileNotFoundError, UserError: an image that is not there, does not decode, or is none of these.
         """
-        if isinstance(images, np.ndarray | str | Path):
-            return self([images])[0]
-        if not images:
-            return []
-        arrays = [_as_array(image) for image in images]
+        if not isinstance(images, list | tuple):
+            return self._batch([images])[0]
+        return self._batch(images) if images else []
+
+    def _batch(self, images: Sequence[Image]) -> list[Detections]:
+        arrays = [to_array(image) for image in images]
         config = self.info.model
         placed = [place(array, config.input_size, config.resize, config.fill) for array in arrays]
+        # Batched on the channels-last side, where it is one copy; the network takes it as it lies.
         pixels = torch.from_numpy(np.stack([image for image, _ in placed])).permute(0, 3, 1, 2)
         placements = torch.tensor([placement for _, placement in placed])
         sizes = torch.tensor([array.shape[:2] for array in arrays])
-        with torch.inference_mode(), threads_for(self.backend):
-            raw = self.network(pixels.to(self.device, non_blocking=True))
-            return [found.cpu() for found in self.postprocess(raw, placements.to(self.device), sizes.to(self.device))]
+        with torch.inference_mode(), threads_for(self.runner):
+            raw = run_in_parts(self.runner, pixels.to(self.device, non_blocking=True))
+            return detections_to_cpu(self.postprocess(raw, placements.to(self.device), sizes.to(self.device)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.runner, self.info)
 
 
 def load_detector(
@@ -92,64 +95,40 @@ def load_detector(
     device: DeviceChoice = "auto",
     score_threshold: float = 0.25,
     nms_threshold: float | None = None,
-    input_size: tuple[int, int] | None = None,
+    input_size: int | tuple[int, int] | None = None,
     backend: Backend = "torch",
+    amp: Amp = "off",
 ) -> Predictor:
     """The detector of a file, ready to use.
 
     Args:
         path: a training's ``best.pt``, a detector's ``.safetensors``, or a published name, which is downloaded once:
             ``load_detector("ssdlite_mobilenet_v2_coco")``.
-        device: "auto" takes a CUDA GPU where there is one.
+        device: "auto" takes a CUDA GPU where there is one; see ``choose_device``.
         score_threshold: detections below it are dropped.
         nms_threshold: None takes the one in the file.
-        input_size: (height, width) of the network's input; None takes the one it was trained at.
+        input_size: (height, width) of the network's input, or one number for both; None takes the one it was trained at.
         backend: what runs the network. "torch" needs nothing, "compile" a C++ compiler and time at the first call; on a CPU
             it is no quicker. "onnxruntime" and "openvino" are for CPUs and need ``pip install 'litedet[export]'``.
+        amp: number format of the convolutions: "off" is float32, "fp16" half precision (GPUs), "bf16" bfloat16.
 
     Raises:
-        FileNotFoundError, UserError: see ``read_detector``; CUDA asked for where there is none; a backend whose package is
-            not installed.
+        FileNotFoundError, UserError: see ``read_detector``; CUDA asked for where there is none; see ``build_runner``.
     """
     chosen = choose_device(device)
-    model, info = read_detector(locate(path), input_size)
+    model, info = read_detector(locate(path), None if input_size is None else _size(input_size))
     postprocess = replace(info.postprocess, score_threshold=score_threshold)
     if nms_threshold is not None:
         postprocess.nms_threshold = nms_threshold
-    return Predictor(model, replace(info, postprocess=postprocess), chosen, backend)
+    return Predictor(build_runner(model, backend, chosen, amp), replace(info, postprocess=postprocess))
 
 
-def fold_norms(model: Detector) -> Detector:
-    """Fold every batch norm into the convolution before it, in place: the same function with half the layers."""
-    for module in model.modules():
-        if isinstance(module, ConvNormAct) and isinstance(module.norm, nn.BatchNorm2d):
-            module.conv = fuse_conv_bn_eval(module.conv, module.norm)
-            module.norm = nn.Identity()  # type: ignore[assignment]
-    return model
-
-
-def read_image(path: str | Path) -> NDArray[np.uint8]:
-    """An image file as RGB uint8 [H, W, 3], turned as its EXIF data says.
-
-    Raises:
-        FileNotFoundError: no such file.
-        UserError: the file does not decode as an image.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such image")
-    # Through memory, not cv2.imread: that one cannot open every file name on Windows.
-    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB) if Path(path).stat().st_size else None
-    if image is None:
-        raise UserError(f"{path} does not decode as an image")
-    return np.asarray(image, np.uint8)
-
-
-def _as_array(image: Image) -> NDArray[np.uint8]:
-    if isinstance(image, str | Path):
-        return read_image(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise UserError(
-            f"an image is an RGB uint8 array of shape (height, width, 3), got {image.dtype} {image.shape}; "
-            "a grey one becomes RGB with cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)"
-        )
-    return image
+def _size(given: Any) -> tuple[int, int]:
+    sides = (given, given) if isinstance(given, int) else given
+    if (
+        not isinstance(sides, tuple | list)
+        or len(sides) != 2
+        or not all(isinstance(side, int) and not isinstance(side, bool) and side > 0 for side in sides)
+    ):
+        raise UserError(f"input_size is (height, width) in pixels, or one number for both; got {given!r}")
+    return sides[0], sides[1]

@@ -1,64 +1,166 @@
 """What runs a detector's network when it predicts: torch, torch.compile, ONNX Runtime or OpenVINO.
 
-All of them take the same images and say the same to 1e-4; post-processing is ours with each. ONNX Runtime and OpenVINO
-are extra packages (``pip install litedet[export]``) and are imported when they are asked for.
+All of them are a ``detection.structures.Runner``: they take the same images and say the same to 1e-4; post-processing is ours
+with each. One runner may be called from several threads at once, and it can be pickled and copied. ONNX Runtime and OpenVINO are
+extra packages (``pip install litedet[export]``) and are imported when they are asked for.
 """
 
 import contextlib
 import copy
 import io
 import logging
+import queue
+import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from backbones.errors import UserError
 from backbones.layers import ConvNormAct
 from detection.models.detector import Detector
-from detection.structures import RawPredictions
+from detection.structures import RawPredictions, Runner
 
 Backend = Literal["torch", "compile", "onnxruntime", "openvino"]
-Network = Callable[[Tensor], RawPredictions]
-"""uint8 [B, 3, H, W], RGB -> raw predictions, on the device of the images."""
+Amp = Literal["off", "bf16", "fp16"]
 
 
-def build_network(model: Detector, backend: Backend, device: torch.device) -> Network:
+def build_runner(
+    model: Detector, backend: Backend = "torch", device: torch.device | None = None, amp: Amp = "off"
+) -> Runner:
     """What computes a detector's raw predictions.
 
     Args:
-        model: in evaluation mode, on ``device``; best with its batch norms folded.
+        model: it stays as it is: what runs is a copy, its batch norms folded into the convolutions.
         backend: "torch" runs it as it is, on an x86 processor with its convolutions packed. "compile" compiles it at the
             first call, which takes a minute or so. "onnxruntime" and "openvino" run on CPUs, with as many threads as torch
             has at this moment.
-        device: where the images will be.
+        device: where to compute; None: where the model is.
+        amp: number format of the convolutions with "torch" and "compile". "off" is float32; "fp16" needs a GPU.
 
     Raises:
-        UserError: a package that is not installed, a backend that does not run on the device.
+        UserError: an unknown backend, a package that is not installed, a backend that does not run on the device or does not
+            know the number format.
     """
+    if backend not in get_args(Backend):
+        raise UserError(f"backend {backend!r} is unknown; there are {', '.join(map(repr, get_args(Backend)))}")
+    device = device or model.anchors.device
+    folded = fold_norms(copy.deepcopy(model).eval()).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if backend == "torch":
-        return _packed(model) if device.type == "cpu" and _can_pack() else model
+        # oneDNN's packed layers are float32.
+        packs = device.type == "cpu" and amp == "off" and _can_pack()
+        return PackedRunner(folded) if packs else TorchRunner(folded, device, amp)
     if backend == "compile":
-        compiled: Network = torch.compile(model)
-        return compiled
+        return CompiledRunner(folded, device, amp)
     if device.type != "cpu":
         raise UserError(f"backend {backend} runs on the CPU here, the device is {device}; take 'torch' or 'compile'")
-    make = {"onnxruntime": _onnxruntime, "openvino": _openvino}[backend]
+    if amp != "off":
+        raise UserError(f"backend {backend} computes in float32 here; amp={amp!r} is for 'torch' and 'compile'")
+    make = OnnxRuntimeRunner if backend == "onnxruntime" else OpenVinoRunner
     try:
-        run = make(to_onnx(model), torch.get_num_threads())
+        return make(to_onnx(folded), folded.anchors)
     except ImportError as error:
         raise UserError(
             f"backend {backend} needs the package {error.name}, which is not installed; pip install 'litedet[export]'"
         ) from error
-    anchors = model.anchors
 
-    def predict(images: Tensor) -> RawPredictions:
-        return RawPredictions(*run(images), anchors)
 
-    return predict
+def fold_norms(model: Detector) -> Detector:
+    """Fold every batch norm into the convolution before it, in place: the same function with half the layers."""
+    for module in model.modules():
+        if isinstance(module, ConvNormAct) and isinstance(module.norm, nn.BatchNorm2d):
+            module.conv = fuse_conv_bn_eval(module.conv, module.norm)
+            module.norm = nn.Identity()  # type: ignore[assignment]
+    return model
+
+
+class TorchRunner:
+    """A network as a runner.
+
+    It runs in evaluation mode and is left in the mode that it is in.
+
+    Args:
+        model: images [B, 3, H, W] -> RawPredictions, on ``device``.
+        device: where it is.
+        amp: number format of its convolutions; "off" is float32.
+
+    Raises:
+        UserError: "fp16" on a CPU.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, amp: Amp = "off") -> None:
+        if amp not in get_args(Amp):
+            raise UserError(f"amp {amp!r} is unknown; there are {', '.join(map(repr, get_args(Amp)))}")
+        if amp == "fp16" and device.type == "cpu":
+            raise UserError("amp 'fp16' needs a GPU; a CPU computes with 'bf16' or 'off' (float32)")
+        self.model = model
+        self.device = device
+        self.amp = amp
+
+    def __call__(self, images: Tensor) -> RawPredictions:
+        """See ``Runner``."""
+        was_training = self.model.training
+        if was_training:
+            self.model.eval()
+        try:
+            if self.amp == "off":
+                return self._run(images)
+            with torch.autocast(self.device.type, torch.float16 if self.amp == "fp16" else torch.bfloat16):
+                return self._run(images)
+        finally:
+            if was_training:
+                self.model.train()
+
+    def _run(self, images: Tensor) -> RawPredictions:
+        raw: RawPredictions = self.model(images)
+        return raw
+
+
+class CompiledRunner(TorchRunner):
+    """A network compiled by torch.compile, at the first call and again for another number of images.
+
+    Args:
+        model, device, amp: as for ``TorchRunner``.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, amp: Amp = "off") -> None:
+        super().__init__(model, device, amp)
+        self._compiled: Any = torch.compile(model)
+
+    def _run(self, images: Tensor) -> RawPredictions:
+        raw: RawPredictions = self._compiled(images)
+        return raw
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model, self.device, self.amp)
+
+
+class PackedRunner:
+    """A detector on an x86 processor, its weights laid out as oneDNN wants them and ReLU6 computed inside the convolutions.
+
+    A plain convolution lays its weights out anew at every call, which is a sixth of the network's time for one image.
+
+    Args:
+        model: in evaluation mode on the CPU. What is loaded into it later does not reach the runner.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, model: Detector) -> None:
+        self.model = model
+        self._packed = _packed(model)
+
+    def __call__(self, images: Tensor) -> RawPredictions:
+        """See ``Runner``."""
+        raw: RawPredictions = self._packed(images)
+        return raw
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model,)  # oneDNN's layouts are not for files
 
 
 def _can_pack() -> bool:
@@ -72,11 +174,7 @@ def _can_pack() -> bool:
 
 
 def _packed(model: Detector) -> Detector:
-    """A copy of a detector whose weights lie as oneDNN wants them, with ReLU6 computed inside the convolutions.
-
-    A plain convolution lays its weights out anew at every call, which is a sixth of the network's time for one image. The
-    detector itself stays as it is; what is loaded into it later does not reach the copy.
-    """
+    """A copy of a detector with packed convolutions."""
     packed = copy.deepcopy(model)
     shapes: dict[nn.Conv2d, list[int]] = {}
     convolutions = [layer for layer in packed.modules() if isinstance(layer, nn.Conv2d)]
@@ -117,22 +215,34 @@ class _PackedConv(nn.Module):
         return result
 
 
+_threads_lock = threading.Lock()
+_predicting = 0  # predictions under way whose network is run by another library's threads
+_threads_before = 0  # torch's number of threads before the first of them
+
+
 @contextlib.contextmanager
-def threads_for(backend: Backend) -> Iterator[None]:
+def threads_for(runner: Runner) -> Iterator[None]:
     """How many threads torch has in a prediction: one where another library's threads run the network.
 
-    torch's threads keep a core busy for milliseconds after an operator, in case another one follows, and the backend's own
-    threads wait: with two cores a prediction of 16 ms took 19.
+    torch's threads keep a core busy for milliseconds after an operator, in case another one follows, and the other library's
+    threads wait: with two cores a prediction of 16 ms took 19. torch has one number for the process, so predictions that
+    overlap share what it was before the first of them, and each leaves that number behind.
     """
-    if backend in ("torch", "compile"):
+    global _predicting, _threads_before
+    if not getattr(runner, "own_threads", False):
         yield
         return
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _threads_lock:
+        if not _predicting:
+            _threads_before = torch.get_num_threads()
+        _predicting += 1
+        torch.set_num_threads(1)  # of this thread; the others have set their own
     try:
         yield
     finally:
-        torch.set_num_threads(num_threads)
+        with _threads_lock:
+            _predicting -= 1
+            torch.set_num_threads(_threads_before)
 
 
 def to_onnx(model: Detector) -> bytes:
@@ -178,34 +288,83 @@ class _WithoutAnchors(nn.Module):
         return raw.codes, raw.class_logits
 
 
-def _onnxruntime(onnx: bytes, num_threads: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    import onnxruntime
+class OnnxRuntimeRunner:
+    """An ONNX file of a detector, run by ONNX Runtime on the CPU.
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = num_threads
-    # Otherwise its threads keep the cores busy for a while after each image, and post-processing goes at half the speed.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    Args:
+        onnx: the file, as ``to_onnx`` makes it.
+        anchors: float32 [A, 4], the detector's.
+        num_threads: threads for one call; None: as many as torch has at this moment.
 
-    def run(images: Tensor) -> tuple[Tensor, Tensor]:
-        boxes, classes = session.run(None, {"images": np.ascontiguousarray(images.numpy())})
-        return torch.from_numpy(boxes), torch.from_numpy(classes)
+    Raises:
+        ImportError: the package is not installed.
+    """
 
-    return run
+    device = torch.device("cpu")
+    own_threads = True
+
+    def __init__(self, onnx: bytes, anchors: Tensor, num_threads: int | None = None) -> None:
+        import onnxruntime
+
+        self.onnx = onnx
+        self.anchors = anchors
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads or torch.get_num_threads()
+        # Otherwise its threads keep the cores busy for a while after each image, and post-processing goes at half the speed.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self._session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, images: Tensor) -> RawPredictions:
+        """See ``Runner``."""
+        codes, class_logits = self._session.run(None, {"images": np.ascontiguousarray(images.numpy())})
+        return RawPredictions(torch.from_numpy(codes), torch.from_numpy(class_logits), self.anchors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.onnx, self.anchors)
 
 
-def _openvino(onnx: bytes, num_threads: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    import openvino
+class OpenVinoRunner:
+    """An ONNX file of a detector, run by OpenVINO on the CPU.
 
-    core = openvino.Core()
-    # Its default on processors with bfloat16 units would be that format.
-    settings = {"INFERENCE_NUM_THREADS": num_threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = core.compile_model(core.read_model(onnx), "CPU", settings)
-    request = compiled.create_infer_request()
+    Args:
+        onnx, anchors, num_threads: as for ``OnnxRuntimeRunner``.
 
-    def run(images: Tensor) -> tuple[Tensor, Tensor]:
-        # The request writes every answer to the same memory, hence the copies.
-        results = request.infer({0: np.ascontiguousarray(images.numpy())}, share_inputs=True)
-        return torch.from_numpy(results[0].copy()), torch.from_numpy(results[1].copy())
+    Raises:
+        ImportError: the package is not installed.
+    """
 
-    return run
+    device = torch.device("cpu")
+    own_threads = True
+
+    def __init__(self, onnx: bytes, anchors: Tensor, num_threads: int | None = None) -> None:
+        import openvino
+
+        self.onnx = onnx
+        self.anchors = anchors
+        core = openvino.Core()
+        settings = {
+            "INFERENCE_NUM_THREADS": num_threads or torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+            # Its default on processors with bfloat16 units would be that format.
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        self._compiled = core.compile_model(core.read_model(onnx), "CPU", settings)
+        # A request serves one caller at a time: there are as many as there ever were callers at once.
+        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def __call__(self, images: Tensor) -> RawPredictions:
+        """See ``Runner``."""
+        try:
+            request = self._requests.get_nowait()
+        except queue.Empty:
+            request = self._compiled.create_infer_request()
+        try:
+            # The request writes every answer to the same memory, hence the copies.
+            results = request.infer({0: np.ascontiguousarray(images.numpy())}, share_inputs=True)
+            codes, class_logits = results[0].copy(), results[1].copy()
+        finally:
+            self._requests.put(request)
+        return RawPredictions(torch.from_numpy(codes), torch.from_numpy(class_logits), self.anchors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.onnx, self.anchors)

@@ -16,8 +16,10 @@ from detection.data.coco import CocoIndex
 from detection.data.loader import DetectionDataset, build_loader
 from detection.data.summary import describe
 from detection.engine.runtime import Runtime
-from detection.evaluation.coco_ap import CocoEvaluator, evaluate
+from detection.evaluation.coco_ap import CocoEvaluator
+from detection.evaluation.run import evaluate
 from detection.images.draw import draw_detections, draw_target, image_grid
+from detection.inference.runners import TorchRunner
 from detection.models.build import build_detector
 from detection.models.detector import Detector
 from detection.postprocess import build_postprocess
@@ -127,7 +129,8 @@ class DetectionTask:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The twelve COCO figures on the validation images."""
         evaluator = CocoEvaluator(self.val_index)
-        evaluate(model, self._val_loader, self.postprocess, evaluator, self.runtime.device, amp=self.config.train.amp)
+        runner = TorchRunner(model, self.runtime.device, self.config.train.amp)
+        evaluate(runner, self._val_loader, self.postprocess, evaluator)
         evaluator.merge_across_processes()
         return evaluator.compute().figures if self.runtime.is_main else {}
 

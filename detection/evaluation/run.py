@@ -1,0 +1,136 @@
+"""The loop from a runner and a loader to an evaluator."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from detection.evaluation.coco_ap import CocoEvaluator
+from detection.structures import Batch, Detections, RawPredictions, Runner, detections_to_cpu, device_of, run_in_parts
+
+_log = logging.getLogger(__name__)
+
+_NUM_NAMED = 10  # unreadable images that a warning names before it only counts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationTiming:
+    """Where the time of ``evaluate`` went, in milliseconds per image of this process.
+
+    Attributes:
+        network: from the batch on the device to raw predictions.
+        postprocess: from raw predictions to detections on the host.
+        wait: waiting for the loader, the copy to the device included.
+    """
+
+    network: float
+    postprocess: float
+    wait: float
+
+
+Postprocessing = Callable[[RawPredictions, Tensor, Tensor], list[Detections]]
+"""Raw predictions, placements [B, 4], original sizes [B, 2] -> B detections; see ``detection.postprocess.Postprocess``."""
+
+
+@overload
+def evaluate(
+    runner: Runner,
+    loader: Iterable[Batch],
+    postprocess: Postprocessing,
+    evaluator: CocoEvaluator,
+    *,
+    timing: Literal[True],
+) -> EvaluationTiming: ...
+@overload
+def evaluate(
+    runner: Runner,
+    loader: Iterable[Batch],
+    postprocess: Postprocessing,
+    evaluator: CocoEvaluator,
+    *,
+    timing: Literal[False] = False,
+) -> None: ...
+def evaluate(
+    runner: Runner,
+    loader: Iterable[Batch],
+    postprocess: Postprocessing,
+    evaluator: CocoEvaluator,
+    *,
+    timing: bool = False,
+) -> EvaluationTiming | None:
+    """Hand everything that a detector finds in the images of a loader to an evaluator.
+
+    In a run of several processes each goes through its own share; ``evaluator.merge_across_processes()`` comes after.
+
+    Args:
+        runner: computes raw predictions; ``detection.inference.runners.TorchRunner`` makes one of a network.
+        loader: batches with ``placements``, as an ``EvalTransform`` makes them.
+        postprocess: turns raw predictions into detections in pixels of the images on disk.
+        evaluator: takes the detections, and the names of images that could not be read.
+        timing: measure where the time goes. It waits for a GPU twice more in each batch.
+
+    Returns:
+        The timing, if asked for.
+    """
+    device = device_of(runner)
+    clock = _Clock(device) if timing else None
+    num_images = 0
+    unreadable: list[str] = []
+    bar = tqdm(
+        loader, desc="evaluation", unit="batch", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()
+    )
+    try:
+        for batch in bar:
+            unreadable += batch.skipped
+            if not len(batch):
+                continue
+            # What else is in the batch is not needed there; image ids are for the host.
+            images, placements, sizes = (
+                tensor.to(device, non_blocking=True)
+                for tensor in (batch.images, batch.placements, batch.original_sizes)
+            )
+            if clock:
+                clock.ends("wait")
+            with torch.inference_mode():
+                raw = run_in_parts(runner, images)
+                if clock:
+                    clock.ends("network")
+                detections = detections_to_cpu(postprocess(raw, placements, sizes))
+            evaluator.update(batch.image_ids, detections)
+            if clock:
+                clock.ends("postprocess")
+            num_images += len(batch)
+    finally:
+        bar.close()
+    for reason in unreadable[:_NUM_NAMED]:
+        _log.warning("cannot be read, counts as an image in which nothing was found: %s", reason)
+    if len(unreadable) > _NUM_NAMED:
+        _log.warning("... and %d more", len(unreadable) - _NUM_NAMED)
+    evaluator.note_unreadable(unreadable)
+    if clock is None:
+        return None
+    return EvaluationTiming(**{name: 1000 * spent / max(num_images, 1) for name, spent in clock.spent.items()})
+
+
+class _Clock:
+    """Adds up the seconds of each stage, each from the end of the one before until all asked of the device is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.spent = {"network": 0.0, "postprocess": 0.0, "wait": 0.0}
+        self.last = time.perf_counter()
+
+    def ends(self, stage: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.spent[stage] += now - self.last
+        self.last = now
