@@ -1,6 +1,6 @@
 """Measure a detector's COCO AP on images with a COCO json.
 
-python tools/eval_det.py RUN/best.pt --annotations FILE --images DIR --json OUT.json
+$ litedet eval RUN/best.pt --annotations FILE --images DIR --json OUT.json
 """
 
 import logging
