@@ -96,7 +96,7 @@ def test_without_a_recipe_the_usage_is_shown(capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit) as stop:
         load_config([], "Train a detector.")
     assert stop.value.code == 2
-    assert "FILE.py:FUNCTION" in capsys.readouterr().out
+    assert "RECIPE [--FIELD VALUE ...]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from detection.inference.video import FrameReader
 from detection.structures import Detections
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
-SMALL = ["--num-train", "4", "--num-val", "3", "--num-crops", "2", "--num-frames", "5", "--image-side", "64"]
+SMALL = ["--num-train", "16", "--num-val", "3", "--num-crops", "16", "--num-frames", "5", "--image-side", "64"]
 
 
 @pytest.fixture
@@ -95,6 +95,20 @@ def test_second_run_begins_anew_and_spares_what_is_not_its_own(tmp_path: Path, c
         quickstart.main(["--run-dir", str(tmp_path / "mine"), *SMALL])
     assert "no quickstart made it; move it away or choose another --run-dir" in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--image-side", "8"), ("--crop-side", "3"), ("--seed", "-1"), ("--num-val", "0"), ("--num-train", "15")]
+)
+def test_an_earlier_run_outlives_parameters_that_cannot_work(tmp_path: Path, wrong: tuple[str, str]):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / ".quickstart").touch()
+    (run_dir / "result").touch()
+    with pytest.raises(SystemExit) as ended:
+        quickstart.main(["--run-dir", str(run_dir), *SMALL, *wrong])
+    assert ended.value.code == 2
+    assert (run_dir / "result").exists()
 
 
 def test_no_images_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,4 +1,4 @@
-"""Convert a data set to COCO json. The same as ``litedet convert``."""
+"""Convert a dataset to COCO json. The same as ``litedet convert``."""
 
 from detection.cli.convert import main
 

@@ -1,4 +1,4 @@
-"""Draw a data set, train a detector on it, measure it, and watch it on a video. The same as ``litedet quickstart``."""
+"""Draw a dataset, train a detector on it, measure it, and watch it on a video. The same as ``litedet quickstart``."""
 
 from detection.cli.quickstart import main
 

@@ -26,7 +26,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cv2
 import numpy as np
@@ -94,11 +94,11 @@ class BenchmarkConfig:
     """What the stage "backends" tries. The last two need pip install 'litedet[export]'."""
     batch_size: int = 24
     """Images of a batch in training and loading."""
-    open_images: int = 118_287
+    open_images: Annotated[int, tyro.conf.arg(aliases=["--open-pictures"])] = 118_287
     """Images of the annotation file that is opened."""
     open_boxes: int = 860_001
     """Boxes in it; with these two numbers it has the size of COCO's train2017."""
-    evaluate_images: int = 5_000
+    evaluate_images: Annotated[int, tyro.conf.arg(aliases=["--evaluate-pictures"])] = 5_000
     """Images that AP is computed on, with 7.4 boxes and 100 detections each."""
     scale_sizes: tuple[int, ...] = (1_000, 10_000, 118_287)
     """Numbers of images that --scale compares."""

@@ -1,7 +1,7 @@
-"""Convert a data set to COCO json.
+"""Convert a dataset to COCO json.
 
-python tools/convert_dataset.py voc  --annotations DIR --images DIR [--list FILE] --out FILE.json
-python tools/convert_dataset.py yolo --images DIR --labels DIR --names FILE --out FILE.json
+$ litedet convert voc  --annotations DIR --images DIR [--list FILE] --out FILE.json
+$ litedet convert yolo --images DIR --labels DIR --names FILE --out FILE.json
 """
 
 from collections.abc import Sequence

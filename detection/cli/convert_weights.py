@@ -1,8 +1,7 @@
 """Convert weights of other libraries to ours, a training's checkpoint to a small file of weights, and classifiers to theirs.
 
-python tools/convert_weights.py SOURCE OUT.safetensors
-python tools/convert_weights.py RUN/best.pt OUT.safetensors
-python tools/convert_weights.py OURS.safetensors OUT.pth --to timm
+$ litedet convert-weights SOURCE OUT.safetensors
+$ litedet convert-weights OURS.safetensors OUT.pth --to timm
 
 SOURCE is a file, recognised by what is in it, or a published name (--list shows them): state dicts of torchvision and
 timm, TensorFlow Lite classifiers, frozen graphs of ssdlite_mobilenet_v2, SSDLite checkpoints of
@@ -51,9 +50,9 @@ class ConvertConfig:
     statistics_from: Path | None = None
     """A folder of images like those the network is for, a few hundred. TensorFlow Lite files have their batch norms
     folded away; with these images the norms get their statistics again, so that the network can be trained on."""
-    max_images: int = 256
+    max_images: Annotated[int, tyro.conf.arg(aliases=["--max-pictures"])] = 256
     """So many of these images are used, evenly picked."""
-    image_size: int = 224
+    image_size: Annotated[int, tyro.conf.arg(aliases=["--picture-size"])] = 224
     """Side of these images for the network."""
 
     def validate(self) -> None:

@@ -1,7 +1,7 @@
 """Measure a detector's COCO AP on images with a COCO json.
 
-python tools/eval_det.py RUN/best.pt --annotations FILE --images DIR --json OUT.json
-python tools/eval_det.py --from-predictions FILE --annotations FILE
+$ litedet eval RUN/best.pt --annotations FILE --images DIR --json OUT.json
+ $ litedet eval --from-predictions FILE --annotations FILE
 """
 
 import logging

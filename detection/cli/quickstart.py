@@ -1,18 +1,20 @@
-"""Draw a data set, train a detector on it, measure it, and watch it on a video. No download; some minutes on two CPU cores.
+"""Draw a dataset, train a detector on it, measure it, and run it on a video.
 
-bash tools/quickstart.sh          makes the environment first
-python tools/quickstart.py        where there is one
+$ litedet quickstart
+$ bash tools/quickstart.sh    makes the environment first
 
-A second run begins anew: the folder of the run before is removed first.
+Nothing is downloaded; it takes some minutes on two CPU cores. A second run starts anew: it removes the folder of the first.
 """
 
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import cv2
 import numpy as np
@@ -24,6 +26,7 @@ from detection.cli import eval as eval_det
 from detection.cli import train as train_det
 from detection.cli import train_cls
 from detection.cli import video as demo_video
+from detection.cli.recipes import load_config
 from detection.data.coco import CocoIndex
 from detection.data.drawn.synthetic import (
     CLASS_NAMES,
@@ -43,27 +46,42 @@ _MARK = ".quickstart"  # a folder with this file in it was made here and may be 
 @dataclass(kw_only=True, slots=True)
 class QuickstartConfig:
     run_dir: Path = Path("runs/quickstart")
-    """Folder for everything that is made."""
+    """Folder for everything that is made, from the current folder. What an earlier quickstart made there is removed."""
     num_train: int = 2000
     """Images to train the detector on."""
     num_val: int = 200
-    """Images to measure it on."""
+    """Images to evaluate it on."""
     num_crops: int = 800
-    """Images of each class to train the classifier on; a fifth as many to measure it on."""
-    image_side: int = 128
+    """Images of each class to train the classifier on; a fifth as many to evaluate it on."""
+    image_side: Annotated[int, tyro.conf.arg(aliases=["--picture-side"])] = 128
     """Height and width of the images in pixels."""
     crop_side: int = 64
     """Height and width of the classifier's images in pixels."""
     num_frames: int = 150
     """Frames of the video, 25 of them a second."""
     seed: int = 0
-    """Of the drawing. The recipes have their own."""
+    """Seed of the drawing. The trainings have the seeds of their recipes."""
 
     def validate(self) -> None:
         """Raises UserError for values that make no sense."""
         for name in ("num_train", "num_val", "num_crops", "num_frames"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        for name, images, recipe in (
+            ("num_train", self.num_train, "detector"),
+            ("num_crops", self.num_crops * len(CLASS_NAMES), "classifier"),
+        ):
+            batch_size = load_config([f"quickstart:{recipe}"], "").train.batch_size
+            if images < batch_size:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: that makes {images} images to train the {recipe} on, "
+                    f"fewer than its batch of {batch_size}"
+                )
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed}: must be 0 or above")
+        with tempfile.TemporaryDirectory() as folder:  # as the real ones, which are drawn when the earlier run is gone
+            draw_detection_set(Path(folder, "detection"), 1, 1, (self.image_side,) * 2, self.seed)
+            draw_classification_set(Path(folder, "crops"), 1, 1, (self.crop_side,) * 2, self.seed)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> QuickstartResult:
         )
         checkpoint = training.best_path
 
-    with _part("measuring it on images it did not train on", "evaluation", seconds):
+    with _part("evaluating it on images it did not train on", "evaluation", seconds):
         figures = eval_det.main(
             [
                 str(checkpoint),
@@ -134,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> QuickstartResult:
     with _part("drawing what it finds", "images", seconds):
         images = _draw_images(run_dir / "images", drawn, checkpoint)
 
-    with _part("watching a video", "video", seconds):
+    with _part("running it on a video", "video", seconds):
         video, found = run_dir / "video.mp4", run_dir / "video_detections.mp4"
         frames = draw_video_frames(config.num_frames, size, config.seed)
         write_video(video, (_twice(frame.image) for frame in frames), rate=25)

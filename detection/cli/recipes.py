@@ -16,6 +16,7 @@ import tyro
 
 import detection
 from backbones.errors import UserError
+from detection.cli.docstrings import functions_of
 
 
 def load_config(argv: Sequence[str], description: str) -> Any:
@@ -33,8 +34,7 @@ def load_config(argv: Sequence[str], description: str) -> Any:
         SystemExit: ``--help``, or an override that names no field or has a value of another type; tyro says which.
     """
     if not argv or argv[0].startswith("-"):
-        print(f"usage: {Path(sys.argv[0]).name} FILE.py:FUNCTION [--FIELD VALUE ...]\n\n{description}")
-        print("\nThe fields are listed by --help after the recipe. Recipes are in configs/.")
+        print(f"usage: {Path(sys.argv[0]).name} RECIPE [--FIELD VALUE ...]\n\n{description.strip()}\n\n{recipe_list()}")
         raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
     default = _recipe(argv[0])()
     return tyro.cli(
@@ -55,6 +55,20 @@ def recipe_files() -> list[Path]:
     return sorted(path for path in folder.glob("*.py") if path.stem != "__init__")
 
 
+def recipe_list() -> str:
+    """The recipes that come with LiteDet, a line each, with the first line of their docstrings."""
+    lines = []
+    for command, kind in (("train", "DetectionConfig"), ("train-cls", "ClassificationConfig")):
+        lines.append(f"Recipes for litedet {command}:")
+        for file in recipe_files():
+            lines += [
+                f"  {file.stem}:{one.name}\n      {one.summary}" for one in functions_of(file) if one.returns == kind
+            ]
+        lines.append("")
+    lines.append("One of your own is mine.py:FUNCTION. RECIPE --help lists every field with its default.")
+    return "\n".join(lines)
+
+
 def _recipe(spec: str) -> Any:
     path, colon, name = spec.rpartition(":")
     if not colon or not name:
@@ -71,7 +85,8 @@ def _recipe(spec: str) -> Any:
             )
         file = shipped[path]
     elif not file.is_file():
-        raise UserError(f"no recipe file {path} (looked in {Path.cwd()})")
+        shipped_too = [f"; LiteDet's own is {file.stem}:{name}" for own in recipe_files() if own.stem == file.stem]
+        raise UserError(f"no recipe file {path} (looked in {Path.cwd()}){''.join(shipped_too)}")
     # By file, not by import: a user's own recipe may lie anywhere.
     module_spec = importlib.util.spec_from_file_location(f"recipes_of_{file.stem}", file)
     assert module_spec is not None

@@ -1,8 +1,8 @@
 """Train a detector.
 
-python tools/train_det.py configs/finetune.py:detector --data.train.annotations FILE --data.train.images DIR \
-       --data.val.annotations FILE --data.val.images DIR --weights FILE --run-dir RUN
-torchrun --nproc-per-node 8 tools/train_det.py configs/coco.py:ssdlite_mnv2_320 --data.root COCO_DIR
+$ litedet train finetune:detector --data.train.annotations FILE --data.train.images DIR
+    --data.val.annotations FILE --data.val.images DIR --weights FILE --run-dir RUN
+$ torchrun --nproc-per-node 8 -m detection.cli.train coco:ssdlite_mnv2_320 --data.root COCO_DIR
 """
 
 import sys
@@ -30,3 +30,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     if runtime.is_main:
         print(f"best AP {result.best_metric:.3f} in epoch {result.best_epoch}: {result.best_path}")
     return result
+
+
+if __name__ == "__main__":  # torchrun -m
+    main()

@@ -1,7 +1,7 @@
-"""Train a classifier; its backbone is what train_det.py --weights takes.
+"""Train a classifier; its backbone is what a detector's training takes as --weights.
 
-python tools/train_cls.py configs/finetune.py:classifier --data.train DIR --data.val DIR --weights FILE --run-dir RUN
-torchrun --nproc-per-node 8 tools/train_cls.py configs/imagenet.py:mobilenetv2 --data.train DIR --data.val DIR
+$ litedet train-cls finetune:classifier --data.train DIR --data.val DIR --weights FILE --run-dir RUN
+$ torchrun --nproc-per-node 8 -m detection.cli.train_cls imagenet:mobilenetv2 --data.train DIR --data.val DIR
 """
 
 import json
@@ -34,3 +34,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
             print(f"best epoch {best['epoch']}: top-1 {best['top1']:.4f}, top-5 {best['top5']:.4f}: {weights_path}")
             print(f"last epoch {config.train.epochs}: top-1 {last['top1']:.4f}, top-5 {last['top5']:.4f}")
     return result
+
+
+if __name__ == "__main__":  # torchrun -m
+    main()

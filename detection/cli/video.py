@@ -1,6 +1,6 @@
 """Watch a detector on a video, a camera, a stream or a folder of images.
 
-python tools/demo_video.py RUN/best.pt --source FILE|0|URL|FOLDER --out OUT.mp4 --json OUT.jsonl
+$ litedet video RUN/best.pt --source FILE|0|URL|FOLDER --out OUT.mp4 --json OUT.jsonl
 
 It ends with the video, with q or Esc in the window, or with Ctrl-C. SIGTERM (docker stop), SIGHUP (a closed terminal) and a
 source that breaks off end it too, with an exit status other than 0. Video and lines are whole in all these cases.
