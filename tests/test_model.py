@@ -89,7 +89,7 @@ def test_uint8_and_float_images_are_the_same() -> None:
         (SSDLiteConfig(), 0, "at least one class, got num_classes=0"),
         (SSDLiteConfig(features=("stage9",)), 2, "'stage9'; there are: stem"),
         (SSDLiteConfig(background_column=False), 2, "softmax needs model.background_column"),
-        (SSDLiteConfig(std=(1.0, 0.0, 1.0)), 2, "model.normalise.std must be positive"),
+        (SSDLiteConfig(std=(1.0, 0.0, 1.0)), 2, "model.std must be positive"),
         (SSDLiteConfig(features=()), 2, "names no map"),
     ],
 )
