@@ -2,21 +2,30 @@
 
 import json
 import math
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import apart_sides
+import cv2
 import msgspec
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor, nn
 
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config
-from detection.benchmark import count, drawn, scale
+from detection.benchmark import config as benchmark_config
+from detection.benchmark import count, drawn, scale, timing
+from detection.benchmark.apart import Side, run_apart
+from detection.benchmark.chart import LONGEST, draw_chart
 from detection.benchmark.peer import build_peer
+from detection.benchmark.stages import STAGES
 from detection.cli import benchmark
 from detection.data.augment import EvalTransform
 from detection.data.coco import CocoIndex
@@ -217,31 +226,72 @@ def test_batches_are_pinned_and_copied_without_waiting(tmp_path: Path, monkeypat
 
 def test_sides_take_turns() -> None:
     order: list[str] = []
-    times = benchmark.interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, warm_up=1)
+    times = timing.interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 3, warm_up=1)
     assert order == ["a", "b"] * 4
     assert [len(runs) for runs in times.values()] == [3, 3]
 
 
 def test_a_comparison_by_hand() -> None:
-    compared = benchmark.compare("x", "y", [1.0, 3.0, 2.0, 2.0, 4.0], [4.0, 4.0, 5.0, 4.0, 4.0], bar=0.5)
+    compared = timing.compare("x", "y", [1.0, 3.0, 2.0, 2.0, 4.0], [4.0, 4.0, 5.0, 4.0, 4.0], bar=0.5)
     assert (compared.ours, compared.theirs, compared.ratio) == (2.0, 4.0, 0.5)
     assert compared.spread == (0.4, 0.75)  # of 0.25, 0.4, 0.5, 0.75 and 1
     assert compared.runs == 5
-    assert "bar 0.50 reached" in benchmark.row(compared)
-    assert "missed" in benchmark.row(benchmark.compare("x", "y", [3.0], [4.0], bar=0.5))
-    assert "bar" not in benchmark.row(benchmark.compare("x", "y", [3.0], [4.0], bar=None))
+    assert "bar 0.50 reached" in timing.row(compared)
+    assert "missed" in timing.row(timing.compare("x", "y", [3.0], [4.0], bar=0.5))
+    assert "bar" not in timing.row(timing.compare("x", "y", [3.0], [4.0], bar=None))
+
+
+def test_every_stage_has_a_function() -> None:
+    assert tuple(STAGES) == benchmark_config.BenchmarkConfig().stages
+
+
+def test_the_chart_holds_any_ratio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Warnings are errors: one about a layout that collapsed would end the test.
+    drawn_bars: list[list[float]] = []
+    barh = Axes.barh
+    monkeypatch.setattr(Axes, "barh", lambda *args, **kwargs: drawn_bars.append(args[2]) or barh(*args, **kwargs))
+    ratios = [1e-6, 0.1, 0.69, 0.71, 1.0, LONGEST, 3.57, 1e6]
+    rows = [timing.compare("a stage of this name", "a peer", [ratio * 3], [3.0], bar=0.5) for ratio in ratios]
+    rows.append(timing.compare("far from the aim", "a peer", [99.0], [3.0], bar=9.0))
+    draw_chart(rows, tmp_path / "all.png")
+    draw_chart(rows[:1], tmp_path / "one.png")
+    peers, ours = drawn_bars[:2]
+    assert set(peers) == {1.0}
+    assert ours == pytest.approx([min(ratio, LONGEST) for ratio in [33, *ratios[::-1]]])
+    high, wide, _ = cv2.imread(str(tmp_path / "all.png")).shape
+    assert wide == 9 * 120
+    assert high > 400
+
+
+def test_sides_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("APART_SEEN", "as it was")
+    sides = {
+        "a": Side(apart_sides.add, ([1, 2], "APART_SEEN"), {"APART_OUT": str(tmp_path / "a")}),
+        "b": Side(apart_sides.add, ([5], "APART_SEEN"), {"APART_OUT": str(tmp_path / "b"), "APART_SEEN": None}),
+    }
+    with run_apart(sides) as calls:
+        calls["a"]()
+        calls["b"]()
+        calls["a"]()
+    assert (tmp_path / "a").read_text() == "3 as it was\n" * 2
+    assert (tmp_path / "b").read_text() == "5 None\n"
+    assert os.environ["APART_SEEN"] == "as it was"
+    assert "APART_OUT" not in os.environ
+    assert not multiprocessing.active_children()
+    with pytest.raises(RuntimeError, match="side 'c' has ended"), run_apart({"c": Side(apart_sides.fail, ())}) as calls:
+        calls["c"]()  # and does not wait for ever
 
 
 @pytest.mark.slow
 def test_the_tool_writes_json_and_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
-    arguments = ["--stages", "predict", "postprocess", "train", "loader", "open", "evaluate", "--rounds", "1"]
+    arguments = ["--stages", "predict", "postprocess", "loader", "open", "evaluate", "--rounds", "1"]
     arguments += ["--threads", str(threads), "--batch-size", "2", "--open-images", "300", "--open-boxes", "2000"]
     arguments += ["--evaluate-images", "100", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     result = benchmark.main(arguments)
     written = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert written == json.loads(msgspec.json.encode(result))
-    assert len(written["comparisons"]) == 9
+    assert len(written["comparisons"]) == 7
     assert all(math.isfinite(row["ours"]) and row["ours"] > 0 < row["theirs"] for row in written["comparisons"])
     assert all(row["ratio"] == pytest.approx(row["ours"] / row["theirs"]) for row in written["comparisons"])
     assert (tmp_path / "out" / "benchmark.png").stat().st_size > 10_000
@@ -260,12 +310,13 @@ def test_other_backends_and_own_weights(tmp_path: Path) -> None:
     images = draw_detection_set(tmp_path / "p", num_train=4, num_val=1, size=(96, 128))
     arguments = ["--images", str(images.train_images), "--annotations", str(images.train_annotations)]
     arguments += ["--weights", str(tmp_path / "d.safetensors"), "--threads", str(torch.get_num_threads())]
-    arguments += ["--stages", "predict", "backends", "postprocess", "train", "--backends", "onnxruntime"]
+    arguments += ["--stages", "predict", "backends", "train", "busy", "--backends", "onnxruntime"]
     arguments += ["--rounds", "1", "--batch-size", "2", "--out", str(tmp_path / "out"), "--cache", str(tmp_path)]
     result = benchmark.main(arguments)
-    names = ["predict, torch", "predict, onnxruntime", "post-processing", *["training step, batch 2"] * 2]
+    names = ["predict, torch", "predict, onnxruntime", *["training step, batch 2"] * 2]
+    names += ["predict, busy machine", "training step, busy machine"]
     assert [row.name for row in result.comparisons] == names
-    assert [row.bar for row in result.comparisons] == [0.55, 0.35, 0.15, 0.42, 0.97]
+    assert [row.bar for row in result.comparisons] == [0.55, 0.35, 0.42, 0.97, None, None]
     assert all(0 < row.ratio < math.inf for row in result.comparisons)
     assert "weights: d.safetensors, 2 classes" in result.notes
     with pytest.raises(SystemExit):
@@ -275,15 +326,15 @@ def test_other_backends_and_own_weights(tmp_path: Path) -> None:
 def test_a_missing_package_is_named_before_anything_runs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benchmark, "find_spec", lambda name: None if name == "openvino" else object())
+    monkeypatch.setattr(benchmark_config, "find_spec", lambda name: None if name == "openvino" else object())
     with pytest.raises(SystemExit):
         benchmark.main([])
     captured = capsys.readouterr()
     assert "--backends openvino needs the package openvino" in captured.err
     assert "pip install 'litedet[export]'" in captured.err
     assert captured.out == ""
-    benchmark.BenchmarkConfig(backends=("compile",)).validate()
-    benchmark.BenchmarkConfig(stages=("predict",)).validate()
+    benchmark_config.BenchmarkConfig(backends=("compile",)).validate()
+    benchmark_config.BenchmarkConfig(stages=("predict",)).validate()
 
 
 def test_the_tool_counts(capsys: pytest.CaptureFixture[str]) -> None:

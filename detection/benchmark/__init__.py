@@ -1,1 +1,1 @@
-"""What tools/benchmark.py measures with: the peers to compare with, drawn files of COCO's size, counts, costs by size."""
+"""What ``litedet benchmark`` is made of: stages, timing, peers, drawn inputs of COCO's size, counts, costs by size."""

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones.classifier import Classifier
+from backbones.classifier import Classifier, ClassifierConfig
 from detection.models.detector import Detector
+from detection.models.ssdlite import SSDLite, SSDLiteConfig
 
 
 class Count(NamedTuple):
@@ -98,3 +99,12 @@ def table(counts: Mapping[str, Count]) -> str:
             )
 
     return "\n".join(lines())
+
+
+def print_counts() -> None:
+    """The tables of the networks that the papers give figures of."""
+    for title, model, side in (
+        ("MobileNetV2 x1.0, 1000 classes, 224x224", Classifier(ClassifierConfig(), 1000), 224),
+        ("SSDLite, 80 classes, 320x320", SSDLite(SSDLiteConfig(), 80), 320),
+    ):
+        print(f"{title}\n{table(count(model, (side, side)))}\n")

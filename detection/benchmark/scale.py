@@ -1,4 +1,4 @@
-"""What a data set's size does to the cost of an image: it should do nothing."""
+"""What a dataset's size does to the cost of an image: it should do nothing."""
 
 import multiprocessing
 import time
@@ -154,7 +154,7 @@ def table(costs: Sequence[SizeCost]) -> str:
     lines = [
         f"{'images':>9}  {'annotations':>13}  {'opening':>9}  {'sample':>8}  {'worker grows':>12}  {'detection':>10}  "
         f"{'evaluation':>11}",
-        f"{'':>9}  {'B/image':>13}  {'us/pict.':>9}  {'ms':>8}  {'KiB':>12}  {'B':>10}  {'us/image':>11}",
+        f"{'':>9}  {'B/image':>13}  {'us/image':>9}  {'ms':>8}  {'KiB':>12}  {'B':>10}  {'us/image':>11}",
     ]
     lines += [
         f"{cost.images:>9}  {cost.annotation_bytes:>13.0f}  {cost.open_us:>9.1f}  {cost.sample_ms:>8.2f}  "
