@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -41,7 +41,7 @@ from detection.benchmark import count, drawn, scale
 from detection.benchmark.peer import as_peer_input, build_peer, build_peer_loader
 from detection.data.augment import TrainTransform, ssd_augment
 from detection.data.coco import CocoIndex
-from detection.data.drawn.synthetic import draw_detection_set
+from detection.data.drawn import draw_detection_set
 from detection.data.loader import DetectionDataset, build_loader
 from detection.engine.optim import OptimConfig, build_optimizer, parameter_groups
 from detection.engine.runtime import main_errors, open_runtime
@@ -576,21 +576,7 @@ def _images(config: BenchmarkConfig) -> tuple[Path, Path]:
 def _first(index: CocoIndex, number: int) -> CocoIndex:
     """The first images of a file that have something to learn from, as a file of their own."""
     position = np.repeat(np.arange(len(index)), np.diff(index.offsets))
-    chosen = np.unique(position[index.usable])[:number]
-    records = np.isin(position, chosen)
-    names = [index.file_name(place).encode() for place in chosen.tolist()]
-    return replace(
-        index,
-        image_ids=index.image_ids[chosen],
-        name_bytes=np.frombuffer(b"".join(names), np.uint8),
-        name_offsets=np.cumsum([0, *map(len, names)]),
-        sizes=index.sizes[chosen],
-        offsets=np.cumsum([0, *np.diff(index.offsets)[chosen].tolist()]),
-        **{
-            name: getattr(index, name)[records]
-            for name in ("xywh", "labels", "areas", "crowd", "usable", "annotation_ids")
-        },
-    )
+    return index.select(np.unique(position[index.usable])[:number])
 
 
 def print_counts() -> None:
