@@ -20,7 +20,7 @@ from detection.benchmark.peer import build_peer
 from detection.cli import benchmark
 from detection.data.augment import EvalTransform
 from detection.data.coco import CocoIndex
-from detection.data.drawn.synthetic import draw_detection_set
+from detection.data.drawn import draw_detection_set
 from detection.data.loader import DetectionDataset, build_loader
 from detection.evaluation.coco_ap import CocoEvaluator
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
