@@ -444,8 +444,8 @@ def _decode(path: Path) -> tuple[list[_Image], list[_Category], _Records, Any]:
     except RecursionError:
         raise UserError(f"{path} is not a COCO json file: lists or objects are nested too deep in it") from None
     except UnicodeDecodeError as error:
-        near = bytes(error.object[max(error.start - 60, 0) : error.end])
-        raise UserError(f"{path} is not a json file: it is not UTF-8 text, see {near!r}") from None
+        place_of_it = bytes(error.object[max(error.start - 60, 0) : error.end])
+        raise UserError(f"{path} is not a json file: it is not UTF-8 text, see {place_of_it!r}") from None
     except msgspec.DecodeError as error:
         near = ""
         if place := re.search(r"byte (\d+)", str(error)):

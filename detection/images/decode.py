@@ -181,7 +181,7 @@ def read_header(encoded: bytes, *, whole: bool = True) -> Header:
         try:
             with Image.open(BytesIO(encoded)) as image:
                 if image.format == "TIFF":
-                    tags = image.tag_v2  # type: ignore[attr-defined]
+                    tags = image.tag_v2
                     return Header((tags[257], tags[256]), _sensible(tags.get(_ORIENTATION)), "tiff")
                 return Header((image.height, image.width), _orientation(image.info.get("exif")), "other")
         except Image.DecompressionBombError as error:
