@@ -29,8 +29,9 @@ from detection.benchmark.stages import STAGES
 from detection.cli import benchmark
 from detection.data.augment import EvalTransform
 from detection.data.coco import CocoIndex
-from detection.data.drawn.synthetic import draw_detection_set
-from detection.data.loader import DetectionDataset, build_loader
+from detection.data.dataset import DetectionDataset
+from detection.data.drawn import draw_detection_set
+from detection.data.loader import build_loader
 from detection.evaluation.coco_ap import CocoEvaluator
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig

@@ -191,7 +191,7 @@ def test_boxes_that_cannot_be_learnt_from_are_named_and_kept_for_evaluation(
         ),
         (_change(example(), "annotations", 1, id=10**30), r"Expected `int` <= 9223372036854775807 .*'id': 1000"),
         (_change(example(), "images", 1, width=10**10), r"Expected `int` <= 2147483647 .*images\[1\].*'id': 10,"),
-        (_change(example(), "annotations", 0, bbox=[1, 2, "3", 4]), r"Expected `float`, got `str` .*'id': 5"),
+        (_change(example(), "annotations", 0, bbox=[1, 2, "x", 4]), r"Expected `float`, got `str` .*'id': 5"),
         (
             _change(example(), "annotations", 0, image_id="a"),
             r"Expected `int`, got `str` - at `annotations\[0\].image_id`",
@@ -274,3 +274,82 @@ def test_a_cache_folder_that_cannot_be_made_is_no_error(tmp_path: Path, monkeypa
 def test_small_files_are_not_cached(tmp_path: Path) -> None:
     CocoIndex.read(write(tmp_path, example()))
     assert not (tmp_path / "cache").exists()
+
+
+def test_numbers_as_texts(tmp_path: Path) -> None:
+    content = example()
+    for image in content["images"]:
+        image["id"] = str(image["id"])
+    for record in content["annotations"]:
+        record["image_id"], record["iscrowd"] = str(record["image_id"]), None
+    content["annotations"][0]["iscrowd"] = "1"
+    content["annotations"][1]["iscrowd"] = "0"
+    index = CocoIndex.read(write(tmp_path, content))
+    assert index.image_ids.tolist() == [20, 10, 30]
+    assert index.annotation_ids.tolist() == [6, 5, 4]
+    assert index.crowd.tolist() == [False, True, False]
+    content["annotations"][2]["id"] = "no. 4"
+    with pytest.raises(ValueError, match=r"Expected `int`, got `str` - at `annotations\[2\].id`: \{'id': 'no. 4'"):
+        CocoIndex.read(write(tmp_path, content))
+
+
+def test_no_crowd_said_as_null(tmp_path: Path) -> None:
+    index = CocoIndex.read(write(tmp_path, _change(example(), "annotations", 2, iscrowd=None)))
+    assert index.crowd.tolist() == [False, True, False]
+
+
+def test_byte_order_mark(tmp_path: Path) -> None:
+    plain = CocoIndex.read(write(tmp_path, example()))
+    (tmp_path / "instances.json").write_text(json.dumps(example()), encoding="utf-8-sig")
+    _same(CocoIndex.read(tmp_path / "instances.json"), plain)
+
+
+@pytest.mark.parametrize("where", ["file", "record"])
+def test_deep_nesting_is_refused(tmp_path: Path, where: str) -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    content = _change(example(), "annotations", 1, segmentation=7) if where == "record" else example() | {"x": 7}
+    name = "segmentation" if where == "record" else "x"
+    text = json.dumps(content).replace(f'"{name}": 7', f'"{name}": {deep}')
+    with pytest.raises(
+        ValueError, match=r"instances.json is not a COCO json file: lists or objects are nested too deep"
+    ):
+        CocoIndex.read(write(tmp_path, text))
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "")
+    path.write_bytes(json.dumps(example(), ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"instances.json is not a json file: it is not UTF-8 text"):
+        CocoIndex.read(path)
+
+
+def test_select(tmp_path: Path) -> None:
+    index = CocoIndex.read(write(tmp_path, example()))
+    dogs = index.select(class_names=["dog"])
+    assert (len(dogs), dogs.offsets.tolist(), dogs.annotation_ids.tolist()) == (3, [0, 1, 1, 2], [6, 4])
+    assert dogs.class_names == index.class_names
+    turned = index.select([2, 0])
+    assert [turned.file_name(position) for position in range(2)] == ["c.jpg", "b.jpg"]
+    assert turned.image_ids.tolist() == [30, 20]
+    assert [turned.size(position) for position in range(2)] == [(64, 64), (50, 100)]
+    assert (turned.offsets.tolist(), turned.annotation_ids.tolist()) == ([0, 2, 3], [5, 4, 6])
+    both = index.select([2, 1], ["dog"])
+    assert (both.offsets.tolist(), both.annotation_ids.tolist()) == ([0, 1, 1], [4])
+    assert both.objects(0).boxes.tolist() == [[0, 0, 64, 64]]
+    _same(index.select(range(3)), index)
+    assert index.select() is index
+    nothing = index.select([])
+    assert (len(nothing), nothing.offsets.tolist(), nothing.xywh.shape) == (0, [0], (0, 4))
+    with pytest.raises(ValueError, match=r"instances.json has no class 'cow'; it has 'cat', 'dog'"):
+        index.select(class_names=["cow"])
+    with pytest.raises(IndexError):
+        index.select([3])
+
+
+def test_ground_truth_is_required(tmp_path: Path) -> None:
+    index = CocoIndex.read(write(tmp_path, example()))
+    assert index.require_ground_truth() is index
+    with pytest.raises(ValueError, match="no ground truth to evaluate on: 3 images, 1 annotations"):
+        index.select(class_names=["cat"]).require_ground_truth()  # a crowd
+    with pytest.raises(ValueError, match="no image to evaluate on"):
+        index.select([]).require_ground_truth()

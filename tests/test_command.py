@@ -14,7 +14,7 @@ import pytest
 import detection
 from detection.cli import docstrings, recipes
 from detection.cli.main import COMMANDS, installed_version, main
-from detection.data.drawn.synthetic import draw_detection_set
+from detection.data.drawn import draw_detection_set
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,7 +12,9 @@ from shared_data import SHARED, needs_shared
 
 from detection.cli import convert as convert_dataset
 from detection.data.coco import CocoIndex
-from detection.data.formats.convert import convert_voc, convert_yolo, read_class_names
+from detection.data.formats.voc import convert_voc
+from detection.data.formats.writer import read_class_names
+from detection.data.formats.yolo import convert_yolo
 
 
 def draw(path: Path, width: int, height: int, exif_orientation: int | None = None) -> None:
@@ -258,3 +260,89 @@ def test_blood_cells(tmp_path: Path) -> None:
         assert report.class_names == ("Platelets", "RBC", "WBC")
     # 3943 objects in the XML files of trainval; the corners of two coincide.
     assert counts == {"trainval": (292, 3941, 2), "test": (72, 945, 0)}
+
+
+def yolo(folder: Path, rows: str, names: str = "cat\n", names_file: str = "names.txt") -> Any:
+    draw(folder / "images/a.jpg", 100, 100)
+    (folder / "labels").mkdir(exist_ok=True)
+    (folder / "labels/a.txt").write_text(rows)
+    (folder / names_file).write_text(names)
+    return convert_yolo(folder / "images", folder / "labels", folder / names_file, folder / "o.json")
+
+
+def test_key_points_are_no_polygon(tmp_path: Path) -> None:
+    box, points = "0 .5 .5 .2 .4", [".1 .1", ".9 .9", ".1 .9"]
+    told = "names: [cat]\nkpt_shape: [3, 2]\n"
+    report = yolo(tmp_path, f"{box} {' '.join(points)}\n{box}\n{box} .1 .1", told, "data.yaml")
+    assert [record["bbox"] for record in read(tmp_path / "o.json")["annotations"]] == [[40, 30, 20, 40]] * 2
+    assert list(report.dropped) == ["row that is neither a box nor a polygon"]
+    assert not report.notes
+    # Not told: an odd number of values may be a polygon, an even one cannot.
+    report = yolo(tmp_path, f"{box} {' '.join(points)}\n{box} .1 .1 2\n{box} .9")
+    assert [record["bbox"] for record in read(tmp_path / "o.json")["annotations"]] == [
+        [10, 10, 80, 80],
+        [40, 30, 20, 40],
+    ]
+    assert len(report.dropped["row that is neither a box nor a polygon"]) == 1  # a box with a score
+    assert {reason: len(rows) for reason, rows in report.notes.items()} == {
+        "row of more than five values read as a polygon (key points need kpt_shape in the data.yaml)": 1,
+        "row read as a box with key points, by its length": 1,
+    }
+    with pytest.raises(ValueError, match=r"data.yaml: `kpt_shape` is 17; the number of key points"):
+        yolo(tmp_path, box, "names: [cat]\nkpt_shape: 17\n", "data.yaml")
+
+
+def test_texts_with_a_mark_and_texts_that_are_not_utf8(tmp_path: Path) -> None:
+    report = yolo(tmp_path, "\ufeff0 .5 .5 .2 .4", "\ufeffcat\ndog\n")
+    assert (report.class_names, report.num_boxes, report.dropped) == (("cat", "dog"), 1, {})
+    draw(tmp_path / "images/b.jpg", 100, 100)
+    (tmp_path / "labels/b.txt").write_bytes(b"0 .5 .5 .2 .4 # \xe9t\xe9")
+    report = convert_yolo(tmp_path / "images", tmp_path / "labels", tmp_path / "names.txt", tmp_path / "o.json")
+    assert (report.num_images, list(report.dropped)) == (1, ["image whose text file is not UTF-8"])
+    assert "b.txt: not a UTF-8 text" in str(report)
+    (tmp_path / "names.txt").write_bytes("Käfer".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"names.txt: not a UTF-8 text: .* at byte 1; save it as UTF-8"):
+        read_class_names(tmp_path / "names.txt")
+
+
+def test_nothing_left_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        ValueError, match=r"o.json is not written: not one box is left to convert \(1 x class that is not"
+    ):
+        yolo(tmp_path, "7 .5 .5 .2 .4")
+    here = str(tmp_path)
+    arguments = ["yolo", "--images", f"{here}/images", "--labels", f"{here}/labels", "--names", f"{here}/names.txt"]
+    with pytest.raises(SystemExit) as stop:
+        convert_dataset.main([*arguments, "--out", f"{here}/o.json"])
+    assert stop.value.code == 2
+    assert "not one box is left" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"not one box is left to convert \(there was none\)"):
+        yolo(tmp_path, "")
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_images_of_the_same_name_are_named(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.png", "sub/a.jpg"):
+        draw(tmp_path / "images" / name, 40, 30)
+    write_voc(tmp_path, "a", voc_object("dog", (1, 1, 9, 9)))
+    report = convert_voc(tmp_path / "xml", tmp_path / "images", tmp_path / "o.json")
+    assert [image["file_name"] for image in read(tmp_path / "o.json")["images"]] == ["a.jpg"]
+    (note,) = report.notes["one of several images of the same name taken"]
+    assert note.endswith(f"a.jpg, not {tmp_path}/images/a.png, {tmp_path}/images/sub/a.jpg")
+    write_voc(tmp_path, "a", "<filename>a.png</filename>" + voc_object("dog", (1, 1, 9, 9)))
+    report = convert_voc(tmp_path / "xml", tmp_path / "images", tmp_path / "o.json")
+    assert [image["file_name"] for image in read(tmp_path / "o.json")["images"]] == ["a.png"]
+    assert not report.notes
+
+    report = yolo(tmp_path, "0 .5 .5 .2 .4")
+    assert report.num_boxes == 2
+    (note,) = report.notes["text file that several images share, taken for each"]
+    assert note == f"{tmp_path}/labels/a.txt: {tmp_path}/images/a.jpg, {tmp_path}/images/a.png"
+
+
+def test_a_folder_as_out_leaves_nothing_behind(tmp_path: Path) -> None:
+    yolo(tmp_path, "0 .5 .5 .2 .4")
+    (tmp_path / "out/o.json").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"o.json"):
+        convert_yolo(tmp_path / "images", tmp_path / "labels", tmp_path / "names.txt", tmp_path / "out/o.json")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["o.json"]

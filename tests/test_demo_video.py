@@ -14,7 +14,7 @@ import torch
 from test_predictor import small_detector
 
 from detection.cli import video as demo_video
-from detection.data.drawn.synthetic import draw_video_frames
+from detection.data.drawn import draw_video_frames
 from detection.inference.video import FrameReader, write_video
 from detection.structures import Detections
 from detection.weights.native import save_detector

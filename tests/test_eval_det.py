@@ -18,7 +18,8 @@ from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from detection.cli.eval import main
 from detection.data.augment import EvalTransform
 from detection.data.coco import CocoIndex
-from detection.data.loader import DetectionDataset, build_loader
+from detection.data.dataset import DetectionDataset
+from detection.data.loader import build_loader
 from detection.engine.checkpoint import save_checkpoint
 from detection.engine.plain import to_plain
 from detection.evaluation.coco_ap import FIGURES, CocoEvaluator

@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from detection.data.coco import CocoIndex
-from detection.evaluation.coco_ap import FIGURES, Backend, CocoEvaluator, EvaluationResult, only_classes
+from detection.evaluation.coco_ap import FIGURES, Backend, CocoEvaluator, EvaluationResult
 from detection.evaluation.run import evaluate
 from detection.inference.runners import TorchRunner
 from detection.structures import Batch, Detections, RawPredictions
@@ -247,16 +247,16 @@ def test_some_classes_alone(tmp_path: Path) -> None:
     assert result.num_detections == 1
 
 
-def test_only_classes_keeps_images_and_lets_other_categories_go(tmp_path: Path) -> None:
+def test_select_of_classes_keeps_images_and_lets_other_categories_go(tmp_path: Path) -> None:
     boxes: list[tuple[int, int, Box]] = [(10, 3, (0, 0, 5, 5)), (11, 7, (1, 1, 5, 5)), (12, 3, (2, 2, 5, 5))]
-    index = only_classes(write_index(tmp_path, boxes, num_images=3), ["cat"])
+    index = write_index(tmp_path, boxes, num_images=3).select(class_names=["cat"])
     assert index.offsets.tolist() == [0, 1, 1, 2]
     assert index.xywh[:, 0].tolist() == [0, 2]
     assert len(index) == 3
     # A detector that knows cats alone can now be measured on this file of cats and dogs.
     assert CocoEvaluator(index.with_categories(np.array([1]), ("cat",))).class_counts == {"cat": 2}
     with pytest.raises(ValueError, match=r"has no class 'cow'; it has 'cat', 'dog'"):
-        only_classes(index, ["cow"])
+        index.select(class_names=["cow"])
 
 
 def test_coco_results(tmp_path: Path) -> None:

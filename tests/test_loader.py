@@ -17,10 +17,10 @@ from detection.data.loader import (
     DetectionDataset,
     EpochSampler,
     SkippedSample,
-    UnreadableImageError,
     build_loader,
     collate,
 )
+from detection.images.decode import UnreadableImageError
 from detection.images.place import place
 from detection.structures import Batch, Sample
 

@@ -6,61 +6,63 @@ import cv2
 import numpy as np
 import pytest
 
-from detection.data.drawn import synthetic
-from detection.data.drawn.synthetic import (
+from detection.data.drawn import (
     CLASS_NAMES,
     draw_classification_set,
     draw_crop,
     draw_detection_set,
     draw_image,
     draw_video_frames,
+    images,
+    sets,
 )
+from detection.data.drawn.forms import DrawnObject, Mask, draw_mask
 
 
-def an_object(**changes: object) -> synthetic._Object:
+def an_object(**changes: object) -> DrawnObject:
     look: dict = {"label": 1, "x": 20.0, "y": 10.0, "side": 8.0, "angle": 0.0, "stretch": 1.0}
     look |= {"colour": np.zeros(3, np.float32), "shade": 0.0, "pattern_period": 0.0, "outline": 0.0}
     look |= {"noise_corner": (0, 0)}
-    return synthetic._Object(**(look | changes))
+    return DrawnObject(**(look | changes))
 
 
 def test_box_of_an_upright_square_is_exact():
-    mask = synthetic._mask(an_object(), (40, 40))
+    mask = draw_mask(an_object(), (40, 40))
     assert mask.box() == (16, 6, 24, 14)
     assert mask.solid.sum() == 64
 
 
 def test_box_is_cut_at_the_border():
-    mask = synthetic._mask(an_object(x=2.0), (40, 40))  # from -2 to 6
+    mask = draw_mask(an_object(x=2.0), (40, 40))  # from -2 to 6
     assert mask.box() == (0, 6, 6, 14)
 
 
 def test_object_outside_has_no_mask():
-    assert synthetic._mask(an_object(x=-30.0), (40, 40)) is None
+    assert draw_mask(an_object(x=-30.0), (40, 40)) is None
 
 
 def test_stretch_is_height_over_width():
-    x1, y1, x2, y2 = synthetic._mask(an_object(stretch=0.5, side=16.0), (40, 40)).box()
+    x1, y1, x2, y2 = draw_mask(an_object(stretch=0.5, side=16.0), (40, 40)).box()
     assert (x2 - x1, y2 - y1) == (16, 8)
 
 
 def test_ring_and_cross_have_their_form():
-    ring = synthetic._mask(an_object(label=CLASS_NAMES.index("ring"), x=20.0, y=20.0, side=30.0), (40, 40))
+    ring = draw_mask(an_object(label=CLASS_NAMES.index("ring"), x=20.0, y=20.0, side=30.0), (40, 40))
     centre = (20 - ring.top, 20 - ring.left)
     assert not ring.solid[centre]  # a hole in the middle
     assert ring.solid.sum() == pytest.approx(np.pi * 15**2 * (1 - 0.55**2), rel=0.04)
-    cross = synthetic._mask(an_object(label=CLASS_NAMES.index("cross"), x=20.0, y=20.0, side=30.0), (40, 40))
+    cross = draw_mask(an_object(label=CLASS_NAMES.index("cross"), x=20.0, y=20.0, side=30.0), (40, 40))
     arm = 0.32 * 30
     assert cross.solid.sum() == pytest.approx(2 * 30 * arm - arm**2, rel=0.06)
     assert not cross.solid[2, 2]  # nothing in the corners
 
 
 def test_visible_share_counts_what_later_objects_cover():
-    below = synthetic._mask(an_object(x=10.0), (20, 40))  # columns 6..14
-    above = synthetic._mask(an_object(x=16.0), (20, 40))  # columns 12..20: covers 2 of 8
-    assert synthetic._visible([below, above], (20, 40)) == [0.75, 1.0]
-    assert synthetic._visible([above, below], (20, 40)) == [0.75, 1.0]
-    assert synthetic._visible([], (20, 40)) == []
+    below = draw_mask(an_object(x=10.0), (20, 40))  # columns 6..14
+    above = draw_mask(an_object(x=16.0), (20, 40))  # columns 12..20: covers 2 of 8
+    assert images._visible([below, above], (20, 40)) == [0.75, 1.0]
+    assert images._visible([above, below], (20, 40)) == [0.75, 1.0]
+    assert images._visible([], (20, 40)) == []
 
 
 def test_images_are_what_the_docstring_says():
@@ -85,21 +87,21 @@ def test_images_are_what_the_docstring_says():
 
 
 def test_no_object_is_hidden_by_more_than_forty_percent(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(synthetic, "EMPTY_SHARE", 0.0)
-    painted: list[synthetic._Mask] = []
-    paint = synthetic._paint
+    monkeypatch.setattr(images, "EMPTY_SHARE", 0.0)
+    painted: list[Mask] = []
+    paint = images.paint
 
-    def keep(image: np.ndarray, mask: synthetic._Mask, drawn: synthetic._Object) -> None:
+    def keep(image: np.ndarray, mask: Mask, drawn: DrawnObject) -> None:
         painted.append(mask)
         paint(image, mask, drawn)
 
-    monkeypatch.setattr(synthetic, "_paint", keep)
+    monkeypatch.setattr(images, "paint", keep)
     partly_hidden = 0
     for number in range(60):
         painted.clear()
         image = draw_image(np.random.default_rng(number), (128, 128), max_objects=12)
         assert len(painted) == len(image.boxes)  # what is painted has a box, and the other way round
-        visible = synthetic._visible(painted, (128, 128))
+        visible = images._visible(painted, (128, 128))
         assert min(visible) >= 0.6
         partly_hidden += sum(share < 1 for share in visible)
     assert partly_hidden > 30  # overlaps there are
@@ -128,7 +130,7 @@ def test_detection_set_on_disk(tmp_path: Path):
 def test_jpeg_keeps_red_red(tmp_path: Path):
     red = np.zeros((32, 32, 3), np.uint8)
     red[..., 0] = 200
-    synthetic._write_jpeg(tmp_path / "red.jpg", red)
+    sets.write_jpeg(tmp_path / "red.jpg", red)
     blue, _, stored_red = cv2.imread(str(tmp_path / "red.jpg")).reshape(-1, 3).mean(0)
     assert stored_red > 190
     assert blue < 10
@@ -153,8 +155,8 @@ def test_classification_set_on_disk(tmp_path: Path):
 
 
 def test_crop_holds_its_object_whole(monkeypatch: pytest.MonkeyPatch):
-    masks: list[tuple[int, synthetic._Mask]] = []
-    monkeypatch.setattr(synthetic, "_paint", lambda image, mask, drawn: masks.append((drawn.label, mask)))
+    masks: list[tuple[int, Mask]] = []
+    monkeypatch.setattr(images, "paint", lambda image, mask, drawn: masks.append((drawn.label, mask)))
     for number in range(40):
         draw_crop(np.random.default_rng(number), number % 6, (64, 64))
         label, mask = masks[-1]  # the last one painted lies on top
@@ -184,7 +186,7 @@ def test_too_small_a_image_is_refused(tmp_path: Path):
 
 def test_unwritable_image_names_the_file(tmp_path: Path):
     with pytest.raises(OSError, match=r"nowhere/a\.jpg: the image could not be written"):
-        synthetic._write_jpeg(tmp_path / "nowhere" / "a.jpg", np.zeros((8, 8, 3), np.uint8))
+        sets.write_jpeg(tmp_path / "nowhere" / "a.jpg", np.zeros((8, 8, 3), np.uint8))
 
 
 def test_drawing_is_fast():

@@ -19,7 +19,7 @@ from backbones.weights.native import save_weights
 from configs.finetune import detector as detector_recipe
 from detection.cli.convert_weights import main as convert_weights
 from detection.cli.eval import main as eval_det
-from detection.data.drawn.synthetic import DetectionSet, draw_detection_set
+from detection.data.drawn import DetectionSet, draw_detection_set
 from detection.engine.runtime import Runtime
 from detection.images.place import place, resize_as_tensorflow
 from detection.models.anchors import AnchorConfig, AnchorGenerator

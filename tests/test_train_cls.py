@@ -13,7 +13,7 @@ from backbones.weights.info import WeightsInfo
 from backbones.weights.native import load_backbone, load_classifier, save_weights
 from backbones.weights.readers import read_metadata
 from detection.cli.train_cls import main
-from detection.data.drawn.synthetic import draw_classification_set
+from detection.data.drawn import draw_classification_set
 from detection.engine.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ import torch
 from detection import load_detector
 from detection.cli.eval import main as eval_det
 from detection.cli.train import main as train_det
-from detection.data.drawn.synthetic import DetectionSet, draw_detection_set
+from detection.data.drawn import DetectionSet, draw_detection_set
 from detection.engine.loop import TrainResult
 from detection.weights.native import read_detector
 

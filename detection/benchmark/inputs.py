@@ -1,6 +1,6 @@
 """What the stages measure with: images, a detector, and the same detector of torchvision's parts."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import cv2
@@ -15,8 +15,8 @@ from detection.benchmark.config import NUM_IMAGES, BenchmarkConfig
 from detection.benchmark.peer import build_peer
 from detection.data.augment import TrainTransform, ssd_augment
 from detection.data.coco import CocoIndex
-from detection.data.drawn.synthetic import draw_detection_set
-from detection.data.loader import DetectionDataset
+from detection.data.dataset import DetectionDataset
+from detection.data.drawn import draw_detection_set
 from detection.inference.predictor import Predictor, read_image
 from detection.inference.runners import Backend, build_runner
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
@@ -130,17 +130,4 @@ def _first(index: CocoIndex, number: int) -> CocoIndex:
     """The first images of a file that have something to learn from, as a file of their own."""
     position = np.repeat(np.arange(len(index)), np.diff(index.offsets))
     chosen = np.unique(position[index.usable])[:number]
-    records = np.isin(position, chosen)
-    names = [index.file_name(place).encode() for place in chosen.tolist()]
-    return replace(
-        index,
-        image_ids=index.image_ids[chosen],
-        name_bytes=np.frombuffer(b"".join(names), np.uint8),
-        name_offsets=np.cumsum([0, *map(len, names)]),
-        sizes=index.sizes[chosen],
-        offsets=np.cumsum([0, *np.diff(index.offsets)[chosen].tolist()]),
-        **{
-            name: getattr(index, name)[records]
-            for name in ("xywh", "labels", "areas", "crowd", "usable", "annotation_ids")
-        },
-    )
+    return index.select(chosen)

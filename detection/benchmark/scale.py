@@ -13,7 +13,8 @@ from backbones.errors import UserError
 from detection.benchmark.drawn import draw_annotations, draw_detections
 from detection.data.augment import TrainTransform, ssd_augment
 from detection.data.coco import CocoIndex
-from detection.data.loader import DetectionDataset, build_loader
+from detection.data.dataset import DetectionDataset
+from detection.data.loader import build_loader
 from detection.evaluation.coco_ap import CocoEvaluator
 from detection.structures import Detections
 

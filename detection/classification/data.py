@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,7 @@ from torchvision.transforms import v2
 from backbones.classifier import Classifier
 from backbones.errors import UserError
 from backbones.layers import Normalise
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+from detection.images.decode import IMAGE_SUFFIXES, UnreadableImageError, read_image
 
 _NUM_SUBSTITUTES = 20  # unreadable images in a row before a training sample gives up
 _NUM_NAMED = 8  # classes or files named in a message
@@ -131,36 +129,11 @@ def read_image_folder(root: str | Path, class_names: tuple[str, ...] | None = No
         ]
         if not own:
             raise UserError(
-                f"class folder {root / name} has no image ({', '.join(sorted(IMAGE_SUFFIXES))}); add some or remove it"
+                f"class folder {root / name} has no image ({', '.join(IMAGE_SUFFIXES)}); add some or remove it"
             )
         files += sorted(own)
         labels += [label] * len(own)
     return ImageFolder(root, np.array(files, np.bytes_), np.array(labels, np.int64), found)
-
-
-class UnreadableImageError(ValueError):
-    """An image that is not there or does not decode."""
-
-
-def read_image(path: Path) -> NDArray[np.uint8]:
-    """Uint8 [H, W, 3], RGB, turned as its EXIF tag says.
-
-    OpenCV, because torchvision's decoder is deprecated since 0.29.
-
-    Raises:
-        UnreadableImageError: no such file, or it does not decode.
-    """
-    try:
-        encoded = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise UnreadableImageError(f"{path}: {error.strerror or error}") from None
-    try:
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if encoded.size else None
-    except cv2.error:
-        image = None
-    if image is None:
-        raise UnreadableImageError(f"{path}: the image does not decode ({encoded.size} bytes)")
-    return np.asarray(image, np.uint8)
 
 
 class TrainTransform:

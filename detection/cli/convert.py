@@ -12,7 +12,9 @@ from typing import Annotated, Literal
 import tyro
 
 from detection.cli.outputs import refuse_overwrites
-from detection.data.formats.convert import ConversionReport, convert_voc, convert_yolo
+from detection.data.formats.voc import convert_voc
+from detection.data.formats.writer import ConversionReport
+from detection.data.formats.yolo import convert_yolo
 from detection.engine.runtime import main_errors
 
 
@@ -33,6 +35,9 @@ class Voc:
     file of the folder has, sorted by name."""
     difficult: Literal["keep", "drop"] = "keep"
     """What becomes of objects marked as difficult."""
+    exif: Literal["auto", "applied", "ignored"] = "auto"
+    """Whether boxes were drawn on images turned as their EXIF tag says (applied) or on the stored pixels (ignored), where
+    the size does not tell. auto: as the sizes of the other images tell, if they agree; else applied, with a note."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,7 +49,8 @@ class Yolo:
     labels: Path
     """Folder of text files: images/a/b.jpg belongs to labels/a/b.txt."""
     names: Path
-    """The class names in order: a text file with one a line, or a data.yaml."""
+    """The class names in order: a text file with one a line, or a data.yaml. Its kpt_shape, if it has one, says how many
+    values of key points each row has behind its box."""
     out: Path
     """The COCO json to write."""
 
@@ -68,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> ConversionReport:
             list_file=command.list,
             names=command.names,
             difficult=command.difficult,
+            exif=command.exif,
         )
     else:
         report = convert_yolo(command.images, command.labels, command.names, command.out)

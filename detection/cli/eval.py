@@ -18,14 +18,14 @@ from backbones.errors import UserError
 from detection.cli.outputs import refuse_overwrites
 from detection.data.augment import EvalTransform
 from detection.data.coco import CocoIndex
-from detection.data.loader import DetectionDataset, build_loader
+from detection.data.dataset import DetectionDataset
+from detection.data.loader import build_loader
 from detection.engine.runtime import DeviceChoice, choose_device, main_errors
 from detection.evaluation.coco_ap import (
     Backend,
     CocoEvaluator,
     EvaluationResult,
     coco_ap,
-    only_classes,
 )
 from detection.evaluation.run import EvaluationTiming, evaluate
 from detection.evaluation.table import read_coco_results, write_json
@@ -132,7 +132,7 @@ def _measure_detector(config: EvalConfig) -> tuple[EvaluationResult, EvaluationT
 
     index = CocoIndex.read(config.annotations)
     if config.classes:
-        index = only_classes(index, config.classes)
+        index = index.select(class_names=config.classes)
     index = index.with_categories(np.array(info.category_ids), info.class_names)
     evaluator = CocoEvaluator(index, config.backend, config.classes or None)
     transform = EvalTransform(info.model.input_size, resize_mode=info.model.resize, fill=info.model.fill)

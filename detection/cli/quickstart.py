@@ -28,7 +28,7 @@ from detection.cli import train_cls
 from detection.cli import video as demo_video
 from detection.cli.recipes import load_config
 from detection.data.coco import CocoIndex
-from detection.data.drawn.synthetic import (
+from detection.data.drawn import (
     CLASS_NAMES,
     DetectionSet,
     draw_classification_set,

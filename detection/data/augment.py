@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backbones.errors import UserError
-from detection.images.place import place, resize
+from detection.images.place import place, resize, resize_as_tensorflow
 from detection.structures import Placement, ResizeMode
 
 if TYPE_CHECKING:
@@ -176,7 +176,8 @@ class TrainTransform:
         config: what may change, and how much.
         input_size: (height, width) of the sample.
         resize_mode: "stretch" a view to the input size, or "letterbox": widen the view to the input's aspect ratio
-            first.
+            first. "stretch_tensorflow" takes TensorFlow's pixels of a view, from the image at full size: what a smaller
+            decoding averages away, evaluation will show.
         fill: RGB where a view sticks out of its image; best the network's mean colour, which becomes zero there.
         seed: of the training.
 
@@ -228,9 +229,11 @@ class TrainTransform:
         height, width = self.input_size if turns % 2 == 0 else self.input_size[::-1]
         if self.resize_mode == "letterbox":
             view = _widen(view, width / height)
-        reduction = _reduction(view, (height, width))
+        as_tensorflow = self.resize_mode == "stretch_tensorflow"
+        reduction = 1 if as_tensorflow else _reduction(view, (height, width))
         x1, y1, x2, y2 = edges = _snap(view, reduction)
-        image = resize(_cut(decode(reduction), [edge // reduction for edge in edges], self.fill), (height, width))
+        seen = _cut(decode(reduction), [edge // reduction for edge in edges], self.fill)
+        image = (resize_as_tensorflow if as_tensorflow else resize)(seen, (height, width))
         scale_x, scale_y = width / (x2 - x1), height / (y2 - y1)
         placement = Placement(scale_x, scale_y, -x1 * scale_x, -y1 * scale_y)
         boxes, labels = _place_objects(boxes, labels, placement, (height, width), config)

@@ -19,12 +19,12 @@ import mmap
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -36,7 +36,7 @@ from backbones.errors import UserError
 
 _log = logging.getLogger(__name__)
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 CACHE_FROM_BYTES = 8 << 20  # a smaller file is read in less time than its cache is worth
 _PIECE = 1 << 20  # bytes of json whose records stay in the processor's cache while their fields are taken
 _NUM_NAMED = 10  # records that a warning names before it only counts
@@ -51,6 +51,7 @@ class _Image(msgspec.Struct, gc=False):
     file_name: str
     width: _Int32 | None = None
     height: _Int32 | None = None
+    exif_orientation: Any = None  # ours; what another tool may keep under this name is passed over
 
 
 class _Annotation(msgspec.Struct, gc=False):
@@ -60,7 +61,7 @@ class _Annotation(msgspec.Struct, gc=False):
     category_id: _Int64
     bbox: tuple[float, float, float, float]
     area: float | None = None
-    iscrowd: int | bool = 0
+    iscrowd: int | bool | None = 0
 
 
 class _Category(msgspec.Struct, gc=False):
@@ -72,8 +73,14 @@ class _File(msgspec.Struct, gc=False):
     images: list[_Image]
     annotations: list[_Annotation]
     categories: list[_Category]
+    info: Any = None
 
 
+Exif = Literal["applied", "ignored"]
+EXIF: tuple[Exif | None, ...] = (None, "applied", "ignored")
+"""What the numbers in ``CocoIndex.exif`` stand for."""
+
+_BOM = b"\xef\xbb\xbf"
 _LIST_OF_RECORDS = re.compile(rb'"annotations"\s*:\s*\[')
 _BETWEEN_RECORDS = re.compile(rb"\}\s*,\s*(?=\{)")
 _MARKER = _Annotation(id=-(1 << 62), image_id=0, category_id=0, bbox=(0.0, 0.0, 0.0, 0.0))
@@ -83,7 +90,8 @@ class Objects(NamedTuple):
     """The objects of one image.
 
     Attributes:
-        boxes: float32 [N, 4], xyxy in pixels of the image on disk, as the file has them (they may stick out of it).
+        boxes: float32 [N, 4], xyxy in pixels of the image, as the file has them (they may stick out of it). Which way up
+            the image is then, ``CocoIndex.exif`` says.
         labels: int64 [N], 0 .. K-1.
         crowd: bool [N], true where the box stands for a group that nobody counted.
         areas: float64 [N], square pixels; COCO's is the area of the mask, not of the box.
@@ -109,6 +117,9 @@ class CocoIndex:
         name_bytes, name_offsets: the file names as one UTF-8 buffer (uint8) and int64 [I + 1] into it. See
             ``file_name``.
         sizes: int32 [I, 2], (height, width) of each image as the file says.
+        exif: int8 [I], whether the boxes count pixels of the image turned as its EXIF tag says (1, "applied") or as stored
+            (2, "ignored"), or the file says nothing (0): indices into ``EXIF``. It stands in an image's record, or once in
+            ``info``, as ``"exif_orientation": "applied"``; our converters write it. See ``detection.data.dataset``.
         offsets: int64 [I + 1].
         xywh: float64 [N, 4], COCO's ``bbox``: left, top, width, height in pixels.
         labels: int64 [N], 0 .. K-1: the classes in ascending order of their category id.
@@ -126,6 +137,7 @@ class CocoIndex:
     name_bytes: NDArray[np.uint8]
     name_offsets: NDArray[np.int64]
     sizes: NDArray[np.int32]
+    exif: NDArray[np.int8]
     offsets: NDArray[np.int64]
     xywh: NDArray[np.float64]
     labels: NDArray[np.int64]
@@ -204,6 +216,63 @@ class CocoIndex:
             _xywh_to_xyxy(self.xywh[records]), self.labels[records], self.crowd[records], self.areas[records]
         )
 
+    def select(
+        self,
+        positions: Sequence[int] | NDArray[np.integer[Any]] | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> CocoIndex:
+        """Part of the file, as a file of its own.
+
+        Args:
+            positions: of the images to keep, in the order wanted, none of them twice; None keeps all.
+            class_names: keep the records of these classes alone; images, labels and categories stay. None keeps all.
+
+        Raises:
+            UserError: the file has no class of one of these names.
+            IndexError: it has no image at one of these positions.
+        """
+        records = np.ones(len(self.labels), np.bool_)
+        if class_names is not None:
+            if unknown := [name for name in class_names if name not in self.class_names]:
+                raise UserError(
+                    f"{self.path} has no class {', '.join(map(repr, unknown))}; "
+                    f"it has {', '.join(map(repr, self.class_names))}"
+                )
+            records = np.isin(self.labels, [self.class_names.index(name) for name in class_names])
+        kept = np.flatnonzero(records)
+        if positions is None and len(kept) == len(records):
+            return self
+        offsets = np.concatenate([[0], np.cumsum(records)])[self.offsets]
+        of_images: dict[str, Any] = {}
+        if positions is not None:
+            chosen = np.asarray(positions, np.int64).reshape(-1)
+            counts = np.diff(offsets)[chosen]
+            ends = counts.cumsum()
+            # Record r of the result is the (r - its image's first)th record of the image in this file.
+            kept = kept[np.repeat(offsets[chosen] - (ends - counts), counts) + np.arange(counts.sum())]
+            offsets = np.concatenate([[0], ends])
+            names = [self.file_name(position).encode() for position in chosen.tolist()]
+            of_images = {name: getattr(self, name)[chosen] for name in ("image_ids", "sizes", "exif")}
+            of_images["name_bytes"] = np.frombuffer(b"".join(names), np.uint8)
+            of_images["name_offsets"] = np.cumsum([0, *map(len, names)], dtype=np.int64)
+        of_records = {name: getattr(self, name)[kept] for name in _OF_RECORDS}
+        return replace(self, offsets=offsets, **of_images, **of_records)
+
+    def require_ground_truth(self) -> CocoIndex:
+        """This index, if average precision can be measured with it.
+
+        Raises:
+            UserError: the file has no image, or not one box that is not a crowd.
+        """
+        if not len(self):
+            raise UserError(f"{self.path}: `images` is empty: no image to evaluate on")
+        if self.crowd.all():
+            raise UserError(
+                f"{self.path}: no ground truth to evaluate on: {len(self)} images, {len(self.labels)} annotations, and not "
+                "one box that is not a crowd"
+            )
+        return self
+
     def require_objects(self) -> CocoIndex:
         """This index, if there is anything to learn from it.
 
@@ -266,7 +335,7 @@ def _xywh_to_xyxy(xywh: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def _build(path: Path) -> CocoIndex:
-    images, categories, records = _decode(path)
+    images, categories, records, exif = _decode(path)
     categories.sort(key=lambda category: category.id)
     if not categories:
         raise UserError(f"{path}: `categories` is empty: there is no class to find")
@@ -320,6 +389,7 @@ def _build(path: Path) -> CocoIndex:
         name_bytes=np.frombuffer(b"".join(names), np.uint8),
         name_offsets=np.cumsum([0, *map(len, names)], dtype=np.int64),
         sizes=sizes,
+        exif=_exif(images, exif),
         offsets=np.concatenate([[0], np.bincount(position, minlength=len(images)).cumsum()]),
         xywh=xywh,
         labels=labels,
@@ -356,27 +426,43 @@ def _records(annotations: list[_Annotation]) -> _Records:
     )
 
 
-def _decode(path: Path) -> tuple[list[_Image], list[_Category], _Records]:
+def _decode(path: Path) -> tuple[list[_Image], list[_Category], _Records, Any]:
     if not path.stat().st_size:
         raise UserError(f"{path} is not a json file: it is empty")
-    # Mapped, not read: a file of COCO's size has hundreds of megabytes, and they need no copy.
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if (decoded := _decode_in_pieces(data)) is not None:
+    # Mapped, not read: a file of COCO's size has hundreds of megabytes, and they need no copy. Nobody closes the map: it goes
+    # with the last view of it, and an error's traceback may hold one.
+    with path.open("rb") as stream:
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    view = memoryview(data)[len(_BOM) if data[: len(_BOM)] == _BOM else 0 :]  # Windows tools mark UTF-8 so
+    try:
+        if (decoded := _decode_in_pieces(view)) is not None:
             return decoded
-        try:
-            file = msgspec.json.decode(data, type=_File)
-        except msgspec.ValidationError as error:
-            raise UserError(f"{path} is not a COCO json file: {_explain(str(error), data[:])}") from None
-        except msgspec.DecodeError as error:
-            near = ""
-            if place := re.search(r"byte (\d+)", str(error)):
-                start = max(int(place[1]) - 60, 0)
-                near = f", after {data[start : int(place[1])].decode(errors='replace')!r}"
-            raise UserError(f"{path} is not a json file: {error}{near}") from None
-    return file.images, file.categories, _records(file.annotations)
+        file = _decode_whole(view)
+        return file.images, file.categories, _records(file.annotations), file.info
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path} is not a COCO json file: {_explain(str(error), bytes(view))}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not a COCO json file: lists or objects are nested too deep in it") from None
+    except UnicodeDecodeError as error:
+        place_of_it = bytes(error.object[max(error.start - 60, 0) : error.end])
+        raise UserError(f"{path} is not a json file: it is not UTF-8 text, see {place_of_it!r}") from None
+    except msgspec.DecodeError as error:
+        near = ""
+        if place := re.search(r"byte (\d+)", str(error)):
+            start = max(int(place[1]) - 60, 0)
+            near = f", after {bytes(view[start : int(place[1])]).decode(errors='replace')!r}"
+        raise UserError(f"{path} is not a json file: {error}{near}") from None
 
 
-def _decode_in_pieces(data: mmap.mmap) -> tuple[list[_Image], list[_Category], _Records] | None:
+def _decode_whole(data: memoryview) -> _File:
+    try:
+        return msgspec.json.decode(data, type=_File)
+    except msgspec.ValidationError:
+        # Some exporters write numbers as texts, ids above all. Reading these too costs others nothing, if it comes second.
+        return msgspec.json.decode(data, type=_File, strict=False)
+
+
+def _decode_in_pieces(data: memoryview) -> tuple[list[_Image], list[_Category], _Records, Any] | None:
     """A large file without the objects of all its records at once; None if it has to be decoded as a whole.
 
     ``annotations`` is cut between two records about every megabyte. The objects of a piece stay in the processor's cache,
@@ -393,25 +479,25 @@ def _decode_in_pieces(data: mmap.mmap) -> tuple[list[_Image], list[_Category], _
     decode = msgspec.json.Decoder(list[_Annotation]).decode
     parts = []
     place = found.end()
-    with memoryview(data) as view:
-        while cut := _BETWEEN_RECORDS.search(data, place + _PIECE):
-            try:
-                annotations = decode(b"".join([b"[", view[place : cut.start() + 1], b"]"]))
-            except msgspec.DecodeError:
-                break  # the list ended before the cut, or a record is broken
-            parts.append(_records(annotations))
-            place = cut.end()
-        if not parts:
-            return None
-        rest = b"".join([view[: found.end()], msgspec.json.encode(_MARKER), b",", view[place:]])
+    while cut := _BETWEEN_RECORDS.search(data, place + _PIECE):
+        try:
+            annotations = decode(b"".join([b"[", data[place : cut.start() + 1], b"]"]))
+        except (msgspec.DecodeError, RecursionError):
+            break  # the list ended before the cut, or a record is broken
+        parts.append(_records(annotations))
+        place = cut.end()
+    if not parts:
+        return None
+    rest = b"".join([data[: found.end()], msgspec.json.encode(_MARKER), b",", data[place:]])
     try:
         file = msgspec.json.decode(rest, type=_File)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         return None  # the whole file gives the message with the right place
     if file.annotations[:1] != [_MARKER]:
         return None
     parts.append(_records(file.annotations[1:]))
-    return file.images, file.categories, _Records(*map(np.concatenate, zip(*parts, strict=True)))
+    records = _Records(*map(np.concatenate, zip(*parts, strict=True)))
+    return file.images, file.categories, records, file.info
 
 
 @contextlib.contextmanager
@@ -431,10 +517,24 @@ def _explain(error: str, data: bytes) -> str:
     place = re.search(r" - at `\$\.(\w+)\[(\d+)\]", error)
     if not place:
         return error.replace(" - at `$.", " - at `")
-    record = json.loads(data)[place[1]][int(place[2])]
+    try:
+        record = json.loads(data)[place[1]][int(place[2])]
+    except (RecursionError, ValueError):  # json's own decoder gives up earlier than msgspec's
+        return error
     if isinstance(record, dict):
         record.pop("segmentation", None)
     return f"{error.replace('`$.', '`')}: {str(record)[:300]}"
+
+
+def _exif(images: list[_Image], info: object) -> NDArray[np.int8]:
+    """int8 [I], see ``CocoIndex.exif``: what an image's record says, or ``info`` for all."""
+    numbers: dict[Any, int] = {"applied": 1, "ignored": 2}
+    stated = info.get("exif_orientation") if isinstance(info, dict) else None
+    default = numbers.get(stated, 0) if isinstance(stated, str) else 0
+    own = list(map(attrgetter("exif_orientation"), images))
+    if own.count(None) == len(own):
+        return np.full(len(own), default, np.int8)
+    return np.array([numbers.get(one, default) if isinstance(one, str) else default for one in own], np.int8)
 
 
 def _array(records: list[Any], name: str, dtype: type) -> NDArray[Any]:
@@ -496,8 +596,9 @@ def _judge(
 
 # ----------------------------------------------------------------------------------------------------- arrays <-> cache
 
+_OF_RECORDS = ("xywh", "labels", "areas", "crowd", "usable", "annotation_ids")
 _ARRAYS = (
-    "image_ids", "name_bytes", "name_offsets", "sizes", "offsets", "xywh", "labels", "areas", "crowd", "usable",
+    "image_ids", "name_bytes", "name_offsets", "sizes", "exif", "offsets", "xywh", "labels", "areas", "crowd", "usable",
     "annotation_ids", "category_ids",
 )  # fmt: skip
 

@@ -1,170 +1,22 @@
-"""Images and objects from the disk to batches.
+"""Samples to batches, in the order that training and evaluation want.
 
-Letters in shapes: B batch, H W height and width, M objects of an image (padded), N objects of one image.
+Letters in shapes: B batch, M objects of an image (padded).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from backbones.errors import UserError
-from detection.data.augment import EvalTransform, TrainTransform
-from detection.data.coco import CocoIndex
+from detection.data.dataset import DetectionDataset, SkippedSample
 from detection.structures import Batch, Sample
 
-_NUM_SUBSTITUTES = 20  # unreadable images in a row before a training sample gives up
-_NUM_PROBES = 20  # files looked for before anything else is done
 _PAD_MULTIPLE = 8  # objects per image are padded to a multiple, so that a compiled step sees few different shapes
-
-_REDUCED = {
-    1: 0,
-    2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-    4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-    8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
-
-
-class UnreadableImageError(ValueError):
-    """An image that is not there, does not decode, or is not the one its annotation speaks of."""
-
-
-class SkippedSample(NamedTuple):
-    """What stands in the place of an evaluation sample whose image cannot be read."""
-
-    reason: str
-    input_size: tuple[int, int]
-
-
-class DetectionDataset(Dataset[Sample | SkippedSample]):
-    """The images of an index, each through a transform.
-
-    Its keys are (epoch, position): a worker process that lives through the whole training learns the epoch from the
-    key.
-
-    Args:
-        index: what the annotation file says.
-        image_dir: the folder that the file names of the index are relative to.
-        transform: a ``TrainTransform`` draws samples with the objects that can be learnt from; an image that cannot
-            be read is replaced by another one. An ``EvalTransform`` gives each image as it is, and a
-            ``SkippedSample`` for an unreadable one.
-
-    Raises:
-        FileNotFoundError: the folder is not there, or holds none of the first images that were looked for.
-        UserError: there is nothing to train on.
-    """
-
-    def __init__(self, index: CocoIndex, image_dir: str | Path, transform: TrainTransform | EvalTransform) -> None:
-        self.index = index
-        self.image_dir = Path(image_dir)
-        self.transform = transform
-        self.training = isinstance(transform, TrainTransform)
-        if self.training:
-            index.require_objects()
-        _require_images(index, self.image_dir)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, key: tuple[int, int]) -> Sample | SkippedSample:
-        """The sample of (epoch, position)."""
-        epoch, position = key
-        try:
-            return self._sample(epoch, position, ())
-        except UnreadableImageError as error:
-            skipped = [str(error)]
-        if not self.training:
-            return SkippedSample(skipped[0], self.transform.input_size)
-        substitutes = np.random.default_rng((epoch, position, len(self))).integers(len(self), size=_NUM_SUBSTITUTES)
-        for substitute in substitutes.tolist():
-            try:
-                return self._sample(epoch, substitute, tuple(dict.fromkeys(skipped)))
-            except UnreadableImageError as error:
-                skipped.append(str(error))
-        raise UnreadableImageError(f"{len(skipped)} images in a row cannot be read; the first: {skipped[0]}")
-
-    def _sample(self, epoch: int, position: int, skipped: tuple[str, ...]) -> Sample:
-        index = self.index
-        size = index.size(position)
-        image = _EncodedImage(self.image_dir / index.file_name(position), size)
-        objects = index.objects(position, usable_only=True)
-        boxes = objects.boxes.clip(0, np.array([size[1], size[0], size[1], size[0]], np.float32))
-        placed = self.transform(image.decode, size, boxes, objects.labels, epoch, position)
-        return Sample(
-            image=placed.image,
-            boxes=placed.boxes,
-            labels=placed.labels,
-            image_id=int(index.image_ids[position]),
-            original_size=size,
-            placement=placed.placement,
-            skipped=skipped,
-        )
-
-
-class _EncodedImage:
-    """The bytes of an image file, decoded at the size that is asked for.
-
-    Annotations count pixels of the image as it lies in the file. Some tools turn it first as its EXIF tag says, and
-    write the turned size; whichever of the two agrees with the annotation's size is taken.
-    """
-
-    def __init__(self, path: Path, size: tuple[int, int]) -> None:
-        self.path = path
-        self.size = size
-        try:
-            self.encoded = np.fromfile(path, np.uint8)
-        except OSError as error:
-            raise UnreadableImageError(f"{path}: {error.strerror or error}") from None
-        # Other formats are decoded whole and then made smaller, which costs time and saves none.
-        self.is_jpeg = bytes(self.encoded[:2]) == b"\xff\xd8"
-
-    def decode(self, reduction: int) -> NDArray[np.uint8]:
-        """RGB uint8; each side is that of the annotation over the reduction, rounded up."""
-        flags = cv2.IMREAD_COLOR_RGB | (_REDUCED[reduction] if self.is_jpeg else 0)
-        image = self._decode(flags | cv2.IMREAD_IGNORE_ORIENTATION)
-        scale = reduction if self.is_jpeg else 1
-        wanted = (-(-self.size[0] // scale), -(-self.size[1] // scale))
-        if image.shape[:2] != wanted:
-            raw = image.shape[:2]
-            if raw == wanted[::-1]:
-                image = self._decode(flags)
-            if image.shape[:2] != wanted:
-                height, width = self._decode(cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION).shape[:2]
-                raise UnreadableImageError(
-                    f"{self.path}: the image is {width}x{height} pixels, its annotation says {self.size[1]}x{self.size[0]}"
-                )
-        if scale != reduction:
-            width, height = -(-self.size[1] // reduction), -(-self.size[0] // reduction)
-            image = np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
-        return image
-
-    def _decode(self, flags: int) -> NDArray[np.uint8]:
-        try:
-            image = cv2.imdecode(self.encoded, flags) if self.encoded.size else None
-        except cv2.error:
-            image = None
-        if image is None:
-            raise UnreadableImageError(f"{self.path}: the image does not decode ({self.encoded.size} bytes)")
-        return np.asarray(image, np.uint8)
-
-
-def _require_images(index: CocoIndex, image_dir: Path) -> None:
-    if not image_dir.is_dir():
-        raise FileNotFoundError(f"image folder {image_dir} does not exist or is not a folder")
-    probes = np.unique(np.linspace(0, len(index) - 1, min(_NUM_PROBES, len(index))).astype(int)).tolist()
-    paths = [image_dir / index.file_name(position) for position in probes]
-    if paths and not any(path.is_file() for path in paths):
-        raise FileNotFoundError(
-            f"image folder {image_dir} has none of {len(paths)} images of {index.path}; the first that was looked for is "
-            f"{paths[0]}"
-        )
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -342,24 +342,6 @@ def _found(table: DetectionTable, labels: NDArray[np.int64]) -> _Boxes:
     return _Boxes.of_table(table.select(rows))
 
 
-def only_classes(index: CocoIndex, names: Sequence[str]) -> CocoIndex:
-    """The same file without the records of all other classes; images, labels and categories stay.
-
-    Raises:
-        UserError: the file has no class of one of these names.
-    """
-    unknown = [name for name in names if name not in index.class_names]
-    if unknown:
-        raise UserError(
-            f"{index.path} has no class {', '.join(map(repr, unknown))}; it has {', '.join(map(repr, index.class_names))}"
-        )
-    kept = np.isin(index.labels, [index.class_names.index(name) for name in names])
-    per_record = {
-        name: getattr(index, name)[kept] for name in ("xywh", "labels", "areas", "crowd", "usable", "annotation_ids")
-    }
-    return replace(index, offsets=np.concatenate([[0], np.cumsum(kept)])[index.offsets], **per_record)
-
-
 # ------------------------------------------------------------------------------------------------------------- backends
 
 

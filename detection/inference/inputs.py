@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -12,6 +11,7 @@ from PIL import ImageOps
 from torch import Tensor
 
 from backbones.errors import UserError
+from detection.images.decode import read_image
 
 Image: TypeAlias = NDArray[np.uint8] | Tensor | PILImage.Image | str | Path
 """An image in one of these forms:
@@ -55,22 +55,6 @@ def to_array(image: Any) -> NDArray[np.uint8]:
             f"an image array is RGB uint8 of shape (height, width, 3), got {image.dtype} {image.shape}{hint}"
         )
     return image
-
-
-def read_image(path: str | Path) -> NDArray[np.uint8]:
-    """An image file as RGB uint8 [H, W, 3], turned as its EXIF data says.
-
-    Raises:
-        FileNotFoundError: no such file.
-        UserError: the file does not decode as an image.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such image")
-    # Through memory, not cv2.imread: that one cannot open every file name on Windows.
-    image = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR_RGB) if Path(path).stat().st_size else None
-    if image is None:
-        raise UserError(f"{path} does not decode as an image")
-    return np.asarray(image, np.uint8)
 
 
 def _from_pil(image: PILImage.Image) -> NDArray[np.uint8]:

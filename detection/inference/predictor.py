@@ -16,8 +16,9 @@ import torch
 
 from backbones.errors import UserError
 from detection.engine.runtime import DeviceChoice, choose_device
+from detection.images.decode import read_image
 from detection.images.place import place
-from detection.inference.inputs import Image, read_image, to_array
+from detection.inference.inputs import Image, to_array
 from detection.inference.runners import Amp, Backend, build_runner, threads_for
 from detection.postprocess import build_postprocess
 from detection.structures import Detections, Runner, detections_to_cpu, device_of, run_in_parts

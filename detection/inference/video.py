@@ -21,9 +21,8 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from backbones.errors import UserError
-from detection.inference.predictor import read_image
+from detection.images.decode import IMAGE_SUFFIXES, read_image
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4")
 IMAGES_PER_SECOND = 2.0  # the rate of a folder of images
 USUAL_RATE = 30.0  # frames per second of a camera that does not tell its own

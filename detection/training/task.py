@@ -13,7 +13,8 @@ from torch.utils.tensorboard import SummaryWriter
 from backbones.weights.native import check_statistics
 from detection.data.augment import EvalTransform, TrainTransform
 from detection.data.coco import CocoIndex
-from detection.data.loader import DetectionDataset, build_loader
+from detection.data.dataset import DetectionDataset
+from detection.data.loader import build_loader
 from detection.data.summary import describe
 from detection.engine.runtime import Runtime
 from detection.evaluation.coco_ap import CocoEvaluator
