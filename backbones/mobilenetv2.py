@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # of SyncBatchNorm too, which is no BatchNorm2d
 
 from backbones.errors import UserError
 from backbones.features import Backbone, FeatureSpec
@@ -204,7 +205,7 @@ class MobileNetV2(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
-            elif isinstance(module, nn.BatchNorm2d):
+            elif isinstance(module, _BatchNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
                 module.requires_grad_(not config.freeze_norm)
@@ -219,7 +220,7 @@ class MobileNetV2(Backbone):
         super().train(mode)
         for name, part in self.named_children():
             for module in part.modules():
-                if isinstance(module, nn.BatchNorm2d) and (self.config.freeze_norm or name in self._frozen_parts):
+                if isinstance(module, _BatchNorm) and (self.config.freeze_norm or name in self._frozen_parts):
                     module.eval()
         return self
 

@@ -340,3 +340,12 @@ def test_norms_fold_into_convolutions(padding) -> None:
     layer.conv = fuse_conv_bn_eval(layer.conv, layer.norm)
     layer.norm = nn.Identity()
     torch.testing.assert_close(layer(image), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [MobileNetV2Config(frozen_stages=2), MobileNetV2Config(freeze_norm=True)])
+def test_frozen_norms_stay_frozen_as_synchronised_ones(config: MobileNetV2Config) -> None:
+    network = MobileNetV2(config).train()
+    before = {name: module.training for name, module in network.named_modules()}
+    nn.SyncBatchNorm.convert_sync_batchnorm(network).train()
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in network.modules()) == 52
+    assert {name: module.training for name, module in network.named_modules()} == before

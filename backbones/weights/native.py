@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.errors import UserError
@@ -131,7 +132,7 @@ def check_statistics(backbone: MobileNetV2, source: str | Path) -> None:
     Raises:
         UserError: every norm has mean 0 and variance 1 but a shift that somebody learnt, and is to be trained.
     """
-    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
     folded = all(
         norm.running_mean is not None
         and norm.running_var is not None
