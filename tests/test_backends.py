@@ -1,6 +1,7 @@
 """What can run the network: all say the same, and what is missing is named. Run: pytest tests/test_backends.py"""
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from backbones.mobilenetv2 import MobileNetV2Config
 from detection.inference.predictor import Predictor, load_detector
 from detection.inference.runners import (
     Backend,
+    OnnxRuntimeRunner,
+    OpenVinoRunner,
     PackedRunner,
     TorchRunner,
     _can_pack,
@@ -81,8 +84,9 @@ def test_packed_convolutions_say_the_same(folded: bool, padding: PaddingMode) ->
         with torch.inference_mode():
             expected, found = plain(images), runner(images)
         assert expected.class_logits.std() > 0.01
-        torch.testing.assert_close(found.codes, expected.codes, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=1e-5)
+        # Plain float32 is 1.6e-4 from float64 here; how the sums of the two differ depends on the processor.
+        torch.testing.assert_close(found.codes, expected.codes, rtol=1e-4, atol=2e-4)
+        torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.slow
@@ -108,6 +112,23 @@ def test_a_missing_package_is_named(backend: Backend, monkeypatch: pytest.Monkey
     monkeypatch.setattr("detection.inference.runners.to_onnx", lambda model: b"")
     with pytest.raises(ValueError, match=rf"needs the package {backend}.*pip install 'litedet\[export\]'"):
         build_runner(small_detector()[0], backend)
+
+
+@functools.cache
+def exported_predictor(backend: Backend) -> Predictor:
+    """One for all tests: an export takes ten seconds or more."""
+    if backend == "torch":
+        return small_predictor()
+    pytest.importorskip("onnxscript")
+    pytest.importorskip(backend)
+    model, info = small_detector()
+    make = OnnxRuntimeRunner if backend == "onnxruntime" else OpenVinoRunner
+    return Predictor(make(exported(), model.anchors), info)
+
+
+@functools.cache
+def exported() -> bytes:
+    return to_onnx(fold_norms(small_detector()[0]))
 
 
 class Own:
@@ -166,11 +187,7 @@ def test_predictions_at_once_leave_the_number_of_threads() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime", "openvino"])
 def test_four_threads_get_what_one_gets(backend: Backend) -> None:
-    if backend != "torch":
-        pytest.importorskip("onnxscript")
-        pytest.importorskip(backend)
-    predictor = small_predictor(backend)
-    predictor.postprocess.config.score_threshold = 0.01
+    predictor = exported_predictor(backend)
     images = list(np.random.default_rng(0).integers(0, 256, (24, 60, 80, 3), dtype=np.uint8))
     alone = [predictor(image) for image in images]
     with ThreadPoolExecutor(4) as pool:
@@ -184,10 +201,7 @@ def test_four_threads_get_what_one_gets(backend: Backend) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "onnxruntime", "openvino"])
 def test_a_predictor_is_copied_and_pickled(backend: Backend) -> None:
-    if backend != "torch":
-        pytest.importorskip("onnxscript")
-        pytest.importorskip(backend)
-    predictor = small_predictor(backend)
+    predictor = exported_predictor(backend)
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     expected = predictor(image)
     for other in (copy.deepcopy(predictor), pickle.loads(pickle.dumps(predictor))):
@@ -265,7 +279,7 @@ def test_the_package_imports_no_backend() -> None:
 def test_the_onnx_file_takes_images_as_they_are() -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    graph = onnx.load_from_string(to_onnx(small_detector()[0])).graph
+    graph = onnx.load_from_string(exported()).graph
     tensor = graph.input[0].type.tensor_type
     assert [value.name for value in graph.input] == ["images"]
     assert [value.name for value in graph.output] == ["codes", "class_logits"]

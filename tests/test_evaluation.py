@@ -15,12 +15,14 @@ import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detection.data.coco import CocoIndex
 from detection.evaluation.coco_ap import FIGURES, Backend, CocoEvaluator, EvaluationResult
 from detection.evaluation.run import evaluate
 from detection.inference.runners import TorchRunner
-from detection.structures import Batch, Detections, RawPredictions
+from detection.structures import Batch, Detections, RawPredictions, detections_to_cpu
 
 CPU = torch.device("cpu")
 BOTH: tuple[Backend, ...] = ("faster", "pycocotools")
@@ -341,6 +343,65 @@ def test_loop(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     many = [batch_of([10], [f"{n}.png: gone" for n in range(12)])]
     assert evaluate(TorchRunner(model, CPU), many, postprocess, evaluator) is None
     assert "... and 2 more" in caplog.text
+
+
+def test_only_what_the_network_needs_goes_to_the_device(tmp_path: Path) -> None:
+    """A device from which nothing can be read back stands for one that is slow to be read."""
+
+    class Elsewhere:
+        device = torch.device("meta")
+
+        def __call__(self, images: Tensor) -> RawPredictions:
+            assert images.device == self.device
+            return RawPredictions(torch.zeros(1, 1, 4), torch.zeros(1, 1, 1), torch.zeros(1, 4))
+
+    def postprocess(raw: RawPredictions, placements: Tensor, original_sizes: Tensor) -> list[Detections]:
+        assert placements.device == original_sizes.device == torch.device("meta")
+        return [found(((0, 0, 50, 50), 0.9, 0))]
+
+    evaluator = CocoEvaluator(write_index(tmp_path, [(10, 3, (0, 0, 50, 50))]))
+    evaluate(Elsewhere(), [batch_of([10], [])], postprocess, evaluator)
+    assert evaluator.compute().figures["AP"] == pytest.approx(1, abs=1e-9)
+
+
+def test_the_device_is_waited_for_only_where_timing_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[str] = []
+    monkeypatch.setattr("detection.evaluation.run._Clock.ends", lambda clock, stage: waits.append(stage))
+    evaluator = CocoEvaluator(write_index(tmp_path, [(10, 3, (0, 0, 50, 50))]))
+    runner = TorchRunner(Corners(), CPU)
+    evaluate(runner, [batch_of([10], [])], lambda *_: [found()], evaluator)
+    assert waits == []
+    evaluate(runner, [batch_of([10], [])], lambda *_: [found()], evaluator, timing=True)
+    assert waits == ["wait", "network", "postprocess"]
+
+
+def test_detections_of_a_batch_leave_the_device_in_one_copy() -> None:
+    class Copies(TorchDispatchMode):
+        number = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and args[0].device.type == "cuda":
+                self.number += result.device.type == "cpu"
+            return result
+
+    with FakeTensorMode():
+        on_device = [
+            Detections(
+                boxes=torch.zeros(n, 4, device="cuda"),
+                scores=torch.zeros(n, device="cuda"),
+                labels=torch.zeros(n, dtype=torch.int64, device="cuda"),
+            )
+            for n in (3, 0, 2)
+        ]
+        with Copies() as copies:
+            moved = detections_to_cpu(on_device)
+    assert copies.number == 1
+    assert [len(one) for one in moved] == [3, 0, 2]
+    assert {one.labels.dtype for one in moved} == {torch.int64}
+    assert {tensor.device.type for one in moved for tensor in (one.boxes, one.scores, one.labels)} == {"cpu"}
 
 
 # ------------------------------------------------------------------------------------------------------ several processes

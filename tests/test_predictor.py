@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
+import detection
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.errors import UserError
 from backbones.mobilenetv2 import MobileNetV2Config
@@ -276,3 +277,10 @@ def test_a_function_is_a_runner(image: np.ndarray) -> None:
     found = Predictor(run, info)(image)
     torch.testing.assert_close(found.scores, small_predictor()(image).scores, rtol=1e-3, atol=1e-4)
     assert asked == [(1, 3, 96, 128)]
+
+
+def test_the_names_of_the_package() -> None:
+    for name in detection.__all__:
+        assert getattr(detection, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Detector'"):
+        _ = detection.Detector
