@@ -11,8 +11,9 @@ C columns of class logits (K, or K + 1 with the background as column 0), D numbe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -78,9 +79,9 @@ class Batch:
     Attributes:
         images: uint8 [B, 3, H, W], RGB, channels-last in memory.
         boxes, labels, valid: the fields of ``Target``.
-        image_ids: int64 [B].
-        original_sizes: int64 [B, 2], (height, width) of each image on disk.
-        placements: float32 [B, 4], the fields of ``Placement`` in their order.
+        image_ids: int64 [B]. Stays on the host.
+        original_sizes: int64 [B, 2], (height, width) of each image on disk. Stays on the host.
+        placements: float32 [B, 4], the fields of ``Placement`` in their order. Stays on the host.
         skipped: "path: reason" of every image that could not be read while this batch was made.
     """
 
@@ -105,20 +106,16 @@ class Batch:
         return self.images, self.boxes, self.labels, self.valid
 
     def to(self: _Batch, device: torch.device, non_blocking: bool = False) -> _Batch:
-        """The same batch on another device; from pinned memory with ``non_blocking`` the host does not wait."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        """The same batch with ``inputs`` on another device; from pinned memory with ``non_blocking`` the host does not wait."""
+        return self._with_inputs(value.to(device, non_blocking=non_blocking) for value in self.inputs())
 
     def pin_memory(self: _Batch) -> _Batch:
-        """The same batch in page-locked memory. ``DataLoader(pin_memory=True)`` calls this."""
-        pinned: dict[str, Any] = {
-            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **pinned)
+        """The same batch with ``inputs`` in page-locked memory. ``DataLoader(pin_memory=True)`` calls this."""
+        return self._with_inputs(value.pin_memory() for value in self.inputs())
+
+    def _with_inputs(self: _Batch, inputs: Iterable[Tensor]) -> _Batch:
+        images, boxes, labels, valid = inputs
+        return replace(self, images=images, boxes=boxes, labels=labels, valid=valid)
 
 
 class RawPredictions(NamedTuple):

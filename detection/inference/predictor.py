@@ -83,7 +83,7 @@ class Predictor:
         sizes = torch.tensor([array.shape[:2] for array in arrays])
         with torch.inference_mode(), threads_for(self.backend):
             raw = self.network(pixels.to(self.device, non_blocking=True))
-            return [found.cpu() for found in self.postprocess(raw, placements.to(self.device), sizes.to(self.device))]
+            return self.postprocess(raw, placements, sizes)
 
 
 def load_detector(
