@@ -1,10 +1,12 @@
 """From raw predictions to detections, in one pass over all classes.
 
-Letters in shapes: B batch, A anchors, C columns of class logits, N candidates of an image.
+Letters in shapes: B batch, A anchors, C columns of class logits, N candidates of an image, D numbers of a box code.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torchvision.ops import nms
 
@@ -17,13 +19,13 @@ from detection.structures import Detections, RawPredictions
 @dataclass(kw_only=True, slots=True)
 class PostprocessConfig:
     score_threshold: float = 0.001
-    """Detections below this score are dropped. 0.001 is COCO evaluation; 0.25 to 0.5 is for people to look at."""
+    """Only detections with a higher score (0 to 1) are kept. 0.001 suits COCO evaluation, 0.25 to 0.5 suits viewing."""
     nms_threshold: float = 0.55
-    """Of two boxes of a class that overlap more than this (IoU), the one with the lower score goes."""
+    """Non-maximum suppression: of two boxes of one class with a higher IoU than this, the one with the lower score goes."""
     candidates: int = 1000
-    """The best (anchor, class) pairs of an image that non-maximum suppression sees."""
+    """How many (anchor, class) pairs of an image, the best by score, enter non-maximum suppression."""
     max_detections: int = 300
-    """Detections of an image at most."""
+    """Maximum number of detections in an image, over all classes."""
 
     def validate(self) -> None:
         if not 0 <= self.score_threshold < 1:
@@ -34,11 +36,26 @@ class PostprocessConfig:
             raise UserError("postprocess.candidates and postprocess.max_detections must be at least 1")
 
 
+# Boxes are suppressed as if they ended this many pixels from the input's corner. No real box reaches that far, and a stray
+# one, even an infinite one, cannot push the classes so far apart that float64 loses what lies between two boxes.
+_REACH = 2.0**20
+# On a GPU this many candidates at most are suppressed at once: the work grows with the square.
+_AT_ONCE = 2**14
+
+
 class Postprocess:
     """Scores, one top-k over all (anchor, class) pairs, decoding of those boxes alone, class-aware NMS.
 
     A loop over classes, as most SSD code has it, costs as much as the network on a CPU. One top-k over all pairs finds the
     same detections as long as ``candidates`` does not cut off what the loop would have kept; at 1,000 it does not.
+
+    Boxes are suppressed in pixels of the network's input, whole: clipping comes last, as in TensorFlow, because two boxes that
+    stick out of the image differ more than what is left of them. Scaling the axes does not change an IoU, so the result is
+    that of suppression in pixels of the image.
+
+    On a CPU the images are processed one after the other. On a GPU the whole batch is processed at once, and the host waits
+    for it twice: NMS returns a number of boxes that only the device knows, and the result is copied (NMS once more for each
+    further 16 images with 1,000 candidates).
 
     Args:
         config: see ``PostprocessConfig``.
@@ -75,57 +92,99 @@ class Postprocess:
         """The detections of each image.
 
         Args:
-            raw: predictions [B, A, ...].
-            placements: float32 [B, 4], where each image lies in the network's input (``Placement``).
-            original_sizes: int64 [B, 2], (height, width) of each image.
+            raw: predictions [B, A, ...], on any device.
+            placements: float32 [B, 4], where each image lies in the network's input (``Placement``); on the host.
+            original_sizes: int64 [B, 2], (height, width) of each image; on the host.
 
         Returns:
-            B detections, best first, boxes in pixels of the image and inside it.
+            B detections on the CPU, best first, boxes in pixels of the image and inside it.
         """
-        scores = self.scores(raw.class_logits)
-        codes = raw.codes.float()
-        placements = placements.to(codes)
-        limits = original_sizes.to(codes).flip(-1)  # [B, 2]: width, height
-        images = zip(scores, codes, placements, limits, strict=True)
-        return [self._image(*image, anchors=raw.anchors) for image in images]
+        on_host = raw.class_logits.device.type == "cpu"
+        found = self._each(raw) if on_host else _unpack(self.batched(raw).cpu())
+        placements = placements.to("cpu", torch.float32)
+        limits = original_sizes.to("cpu", torch.float32).flip(-1)  # [B, 2]: width, height
+        return [self._in_image(*one) for one in zip(found, placements, limits, strict=True)]
 
-    def _image(self, scores: Tensor, codes: Tensor, placement: Tensor, limit: Tensor, anchors: Tensor) -> Detections:
-        C = scores.shape[-1]
-        scores = scores.flatten()
-        # Few pairs are above it, and a top-k over all of them takes twice as long as finding those and sorting them.
-        pairs = (scores > self.config.score_threshold).nonzero().squeeze(1)
-        scores, order = scores[pairs].topk(min(self.config.candidates, len(pairs)))  # [N], best first
-        pairs = pairs[order]
-        rows, columns = pairs // C, pairs % C
-        boxes = to_image(self.box_coder.decode(codes[rows], anchors[rows]), placement)
-
-        best = self._suppress(boxes, scores, columns)
-        # Clipped last, as TensorFlow does: two boxes that stick out of the image differ more than what is left of them.
-        boxes = boxes[best].unflatten(-1, (2, 2)).clamp(min=0).minimum(limit).flatten(-2)
-        has_sides = boxes[:, 2:] > boxes[:, :2]
-        if not has_sides.all():
-            visible = has_sides.all(-1)
-            boxes, best = boxes[visible], best[visible]
-        labels = columns[best] - self.first_column
-        return Detections(boxes=boxes, scores=scores[best], labels=labels, class_names=self.class_names)
+    def _each(self, raw: RawPredictions) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each image, best first: boxes [N, 4] in pixels of the input, scores [N], class columns [N]."""
+        C = raw.class_logits.shape[-1]
+        for scores, codes in zip(self.scores(raw.class_logits).flatten(1), raw.codes, strict=True):
+            # Few pairs are above it, and a top-k over all of them takes twice as long as finding those and sorting them.
+            pairs = (scores > self.config.score_threshold).nonzero().squeeze(1)
+            scores, order = scores[pairs].topk(min(self.config.candidates, len(pairs)))  # [N], best first
+            pairs = pairs[order]
+            rows, columns = pairs // C, pairs % C
+            boxes = self.box_coder.decode(codes[rows].float(), raw.anchors[rows])
+            best = self._suppress(boxes, scores, columns)
+            yield boxes[best], scores[best], columns[best]
 
     def _suppress(self, boxes: Tensor, scores: Tensor, columns: Tensor) -> Tensor:
-        """Boxes [N, 4] with scores, best first, and class columns -> the places of those that stay, best first."""
-        # Boxes of different classes never meet when each class is moved to a place of its own.
-        low, high = boxes.aminmax() if len(boxes) else (0, 0)
-        apart = boxes + (columns * (high - low + 1))[:, None]
+        """Boxes [N, 4] with scores, best first, and class columns -> the positions of those that stay, best first."""
         wanted = self.config.max_detections
         # What is kept of the best n is kept of all, and the time goes with the square of n: mostly a part of them suffices.
         count = wanted + wanted // 4
         while True:
-            best: Tensor = nms(apart[:count], scores[:count], self.config.nms_threshold)[:wanted]
+            apart = _apart(boxes[:count], columns[:count])
+            best: Tensor = nms(apart, scores[:count].double(), self.config.nms_threshold)[:wanted]
             if len(best) == wanted or count >= len(scores):
                 return best
             count *= 2
 
+    def batched(self, raw: RawPredictions) -> Tensor:
+        """The same for all images at once, in tensors of fixed size; the host waits for the device in NMS alone.
+
+        Returns:
+            float32 [B, max_detections, 6], on the device of ``raw``, best first: x1, y1, x2, y2 in pixels of the input, score,
+            class column. Where an image has fewer detections the rest have score 0.
+        """
+        B, A, C = raw.class_logits.shape
+        scores = self.scores(raw.class_logits).flatten(1)
+        scores = torch.where(scores > self.config.score_threshold, scores, 0)
+        N = min(self.config.candidates, A * C)
+        scores, pairs = scores.topk(N)  # [B, N], best first; those of score 0 take part, but nothing ranks behind them
+        rows, columns = pairs // C, pairs % C
+        codes = raw.codes.gather(1, rows[..., None].expand(-1, -1, raw.codes.shape[-1]))
+        boxes = self.box_coder.decode(codes.float(), raw.anchors[rows])
+        groups = columns + C * torch.arange(B, device=columns.device)[:, None]
+        kept = torch.zeros_like(scores, dtype=torch.bool)
+        at_once = max(_AT_ONCE // N, 1)
+        for part in range(0, B, at_once):
+            some = slice(part, part + at_once)
+            apart = _apart(boxes[some].flatten(0, 1), groups[some].flatten())
+            best = nms(apart, scores[some].flatten().double(), self.config.nms_threshold)
+            kept[some].view(-1).index_fill_(0, best, True)
+        scores, order = torch.where(kept, scores, 0).topk(min(self.config.max_detections, N))
+        packed = torch.cat((boxes, columns[..., None].to(boxes)), -1).gather(1, order[..., None].expand(-1, -1, 5))
+        return torch.cat((packed[..., :4], scores[..., None], packed[..., 4:]), -1)
+
+    def _in_image(self, found: tuple[Tensor, Tensor, Tensor], placement: Tensor, limit: Tensor) -> Detections:
+        boxes, scores, columns = found
+        boxes = to_image(boxes, placement).unflatten(-1, (2, 2)).clamp(min=0).minimum(limit).flatten(-2)
+        has_sides = boxes[:, 2:] > boxes[:, :2]
+        if not has_sides.all():
+            visible = has_sides.all(-1)
+            boxes, scores, columns = boxes[visible], scores[visible], columns[visible]
+        return Detections(boxes=boxes, scores=scores, labels=columns - self.first_column, class_names=self.class_names)
+
+
+def _apart(boxes: Tensor, groups: Tensor) -> Tensor:
+    """Boxes [N, 4] -> float64 [N, 4], each group moved to a place of its own, so that boxes of different groups never meet.
+
+    The same as ``torchvision.ops.batched_nms`` does, but its way depends on the number of boxes: above 1,000 on a CPU and
+    25,000 on a GPU it loops over the groups and waits for each. Float64 costs no time here and keeps every IoU exact.
+    """
+    return boxes.double().clamp_(-_REACH, _REACH) + (groups.double() * (2 * _REACH + 1))[:, None]
+
+
+def _unpack(packed: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """What ``Postprocess.batched`` returned, on the host -> boxes, scores, class columns of each image."""
+    counts = (packed[..., 4] > 0).sum(1).tolist()
+    for rows, count in zip(packed, counts, strict=True):
+        yield rows[:count, :4], rows[:count, 4].clone(), rows[:count, 5].long()
+
 
 def to_image(boxes: Tensor, placement: Tensor) -> Tensor:
-    """Boxes in pixels of the network's input -> pixels of the image on disk, not clipped to it.
+    """Boxes in pixels of the network's input -> pixels of the original image, not clipped to it.
 
     Args:
         boxes: xyxy [N, 4].

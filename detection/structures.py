@@ -11,9 +11,9 @@ C columns of class logits (K, or K + 1 with the background as column 0), D numbe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -79,9 +79,9 @@ class Batch:
     Attributes:
         images: uint8 [B, 3, H, W], RGB, channels-last in memory.
         boxes, labels, valid: the fields of ``Target``.
-        image_ids: int64 [B].
-        original_sizes: int64 [B, 2], (height, width) of each image on disk.
-        placements: float32 [B, 4], the fields of ``Placement`` in their order.
+        image_ids: int64 [B]. Stays on the host.
+        original_sizes: int64 [B, 2], (height, width) of each image on disk. Stays on the host.
+        placements: float32 [B, 4], the fields of ``Placement`` in their order. Stays on the host.
         skipped: "path: reason" of every image that could not be read while this batch was made.
     """
 
@@ -106,20 +106,16 @@ class Batch:
         return self.images, self.boxes, self.labels, self.valid
 
     def to(self: _Batch, device: torch.device, non_blocking: bool = False) -> _Batch:
-        """The same batch on another device; from pinned memory with ``non_blocking`` the host does not wait."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        """The same batch with ``inputs`` on another device; from pinned memory with ``non_blocking`` the host does not wait."""
+        return self._with_inputs(value.to(device, non_blocking=non_blocking) for value in self.inputs())
 
     def pin_memory(self: _Batch) -> _Batch:
-        """The same batch in page-locked memory. ``DataLoader(pin_memory=True)`` calls this."""
-        pinned: dict[str, Any] = {
-            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **pinned)
+        """The same batch with ``inputs`` in page-locked memory. ``DataLoader(pin_memory=True)`` calls this."""
+        return self._with_inputs(value.pin_memory() for value in self.inputs())
+
+    def _with_inputs(self: _Batch, inputs: Iterable[Tensor]) -> _Batch:
+        images, boxes, labels, valid = inputs
+        return replace(self, images=images, boxes=boxes, labels=labels, valid=valid)
 
 
 class RawPredictions(NamedTuple):
@@ -166,22 +162,6 @@ class Detections:
     def names(self) -> list[str]:
         """The class name of each detection, or its label as text where names are unknown."""
         return [self.class_names[i] if i < len(self.class_names) else str(i) for i in self.labels.tolist()]
-
-
-def detections_to_cpu(detections: Sequence[Detections]) -> list[Detections]:
-    """The detections of several images on the CPU: one copy from the device for all of them, not three for each."""
-    if all(found.scores.device.type == "cpu" for found in detections):
-        return list(detections)
-    # Labels are whole numbers far below 2^24: float32 holds them exactly.
-    rows = torch.cat([_rows(found) for found in detections]).cpu().split([len(found) for found in detections])
-    return [
-        replace(found, boxes=row[:, :4], scores=row[:, 4], labels=row[:, 5].long())
-        for found, row in zip(detections, rows, strict=True)
-    ]
-
-
-def _rows(found: Detections) -> Tensor:
-    return torch.cat([found.boxes.float(), found.scores.float()[:, None], found.labels.float()[:, None]], dim=1)
 
 
 class Runner(Protocol):

@@ -15,14 +15,12 @@ import torch.distributed as dist
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from detection.data.coco import CocoIndex
 from detection.evaluation.coco_ap import FIGURES, Backend, CocoEvaluator, EvaluationResult
 from detection.evaluation.run import evaluate
 from detection.inference.runners import TorchRunner
-from detection.structures import Batch, Detections, RawPredictions, detections_to_cpu
+from detection.structures import Batch, Detections, RawPredictions
 
 CPU = torch.device("cpu")
 BOTH: tuple[Backend, ...] = ("faster", "pycocotools")
@@ -375,33 +373,6 @@ def test_the_device_is_waited_for_only_where_timing_is_asked_for(
     assert waits == []
     evaluate(runner, [batch_of([10], [])], lambda *_: [found()], evaluator, timing=True)
     assert waits == ["wait", "network", "postprocess"]
-
-
-def test_detections_of_a_batch_leave_the_device_in_one_copy() -> None:
-    class Copies(TorchDispatchMode):
-        number = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten._to_copy.default and args[0].device.type == "cuda":
-                self.number += result.device.type == "cpu"
-            return result
-
-    with FakeTensorMode():
-        on_device = [
-            Detections(
-                boxes=torch.zeros(n, 4, device="cuda"),
-                scores=torch.zeros(n, device="cuda"),
-                labels=torch.zeros(n, dtype=torch.int64, device="cuda"),
-            )
-            for n in (3, 0, 2)
-        ]
-        with Copies() as copies:
-            moved = detections_to_cpu(on_device)
-    assert copies.number == 1
-    assert [len(one) for one in moved] == [3, 0, 2]
-    assert {one.labels.dtype for one in moved} == {torch.int64}
-    assert {tensor.device.type for one in moved for tensor in (one.boxes, one.scores, one.labels)} == {"cpu"}
 
 
 # ------------------------------------------------------------------------------------------------------ several processes

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detection.boxes import cxcywh_to_xyxy
 from detection.models.box_coders import SSDBoxCoder
@@ -145,6 +146,35 @@ def test_gradients_are_finite_for_wild_predictions_and_thin_boxes() -> None:
     assert loss.isfinite()
     assert wild.codes.grad is not None
     assert wild.codes.grad.isfinite().all()
+
+
+class NoteShapes(TorchDispatchMode):
+    """Notes the type and shape of everything that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.made.append((func.name(), out.dtype, tuple(out.shape)))
+        return out
+
+
+def test_targets_of_the_focal_loss_take_no_more_memory_than_the_logits() -> None:
+    raw, target = drawn(3, 5)
+    with NoteShapes() as noted:
+        SSDLoss(SSDLossConfig(classification="focal"), SSDBoxCoder(), True)(raw, target)
+    assert [one for one in noted.made if one[2] == raw.class_logits.shape and one[1] == torch.int64] == []
+
+
+def test_mining_computes_no_probability_but_the_background() -> None:
+    raw, target = drawn(3, 4)
+    loss = SSDLoss(SSDLossConfig(), SSDBoxCoder(), True)
+    with NoteShapes() as noted:
+        loss.hard_negatives(raw.class_logits, target.valid.new_zeros(4, 80))
+    assert not any("log_softmax" in name for name, _, _ in noted.made)
 
 
 def test_half_precision_predictions_are_taken_in_float32() -> None:

@@ -1,5 +1,7 @@
 """The detector as a whole: counts of the published network, inputs, and a step fit for CUDA. Run: pytest tests/test_model.py"""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -186,6 +188,39 @@ def test_a_step_launches_the_same_operators_at_any_batch_size() -> None:
 
     launched(8)  # fills the gradients, which are then added to
     assert launched(8) == launched(64) > 500
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_new_sigmoid_head_starts_at_the_prior(background: bool) -> None:
+    backbone = MobileNetV2Config(width=0.35)
+    config = SSDLiteConfig(
+        backbone=backbone,
+        input_size=(128, 128),
+        score="sigmoid",
+        background_column=background,
+        init_std=1e-6,
+        prior=0.02,
+    )
+    model = SSDLite(config, 3).eval()
+    with torch.inference_mode():
+        probabilities = model(torch.zeros(1, 3, 128, 128)).class_logits.sigmoid()
+    expected = torch.tensor([0.98] * background + [0.02] * 3).expand_as(probabilities)
+    torch.testing.assert_close(probabilities, expected, atol=1e-4, rtol=0)
+
+
+def test_the_first_focal_loss_is_small_with_a_background_column() -> None:
+    # A positive pays for a background that starts at 0.99, and nobody for one that starts at 0.01 where it should be 1.
+    losses = []
+    for background in (False, True):
+        torch.manual_seed(0)
+        config = SSDLiteConfig(
+            backbone=MobileNetV2Config(width=0.35), input_size=(128, 128), score="sigmoid", background_column=background
+        )
+        model = SSDLite(config, 3)
+        step = TrainingStep(model, SSDLossConfig(classification="focal").build(model))
+        losses.append(step(*training_batch(4, 2))["loss_class"].item())
+    without, with_background = losses
+    assert with_background == pytest.approx(without + 0.75 * 0.99**2 * -math.log(0.01), rel=0.1)
 
 
 def test_frozen_stages_take_no_gradient() -> None:

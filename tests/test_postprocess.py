@@ -3,7 +3,11 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from detection import postprocess
 from detection.models.box_coders import SSDBoxCoder
 from detection.postprocess import Postprocess, PostprocessConfig, to_image
 from detection.structures import RawPredictions
@@ -129,3 +133,69 @@ def test_images_of_a_batch_with_different_numbers_of_candidates_do_not_meet() ->
         raw, WHOLE.expand(3, 4), SIZE.expand(3, 2)
     )
     assert [[round(score, 4) for score in one.scores.tolist()] for one in found] == [[0.7], [], [0.9, 0.8]]
+
+
+def drawn(B: int, A: int = 200, C: int = 5) -> RawPredictions:
+    torch.manual_seed(B)
+    corners = 80 * torch.rand(A, 2)
+    anchors = torch.cat((corners, corners + 5 + 30 * torch.rand(A, 2)), 1)
+    return RawPredictions(torch.randn(B, A, 4), 3 * torch.randn(B, A, C), anchors)
+
+
+@pytest.mark.parametrize("at_once", [1, 500, 10_000])
+@pytest.mark.parametrize(("limit", "background"), [(300, True), (7, False)])
+def test_the_road_of_a_gpu_finds_the_same(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, limit: int, background: bool
+) -> None:
+    monkeypatch.setattr(postprocess, "_AT_ONCE", at_once)
+    config = PostprocessConfig(score_threshold=0.3, candidates=250, max_detections=limit)
+    post = Postprocess(config, SSDBoxCoder(), "sigmoid", background)
+    raw = drawn(5)
+    raw.class_logits[1] = -9.0  # nothing in one image, less than the limit in another
+    raw.class_logits[2, 3:] = -9.0
+    raw.class_logits[3, 0] = float("nan")
+    one_by_one = list(post._each(raw))
+    packed = post.batched(raw)
+    assert packed.shape == (5, min(limit, 250), 6)
+    assert len(one_by_one[1][1]) == 0 < len(one_by_one[2][1]) <= limit
+    for alone, together in zip(one_by_one, postprocess._unpack(packed), strict=True):
+        for a, b in zip(alone, together, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+class CountOperators(TorchDispatchMode):
+    """Counts the operators for whose result the host has to wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        waits = torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
+        if func.name() == "aten::index.Tensor":  # its shape depends on the values of masks alone
+            waits = any(index is not None and index.dtype == torch.bool for index in args[1])
+        to_host = (
+            isinstance(out, Tensor)
+            and out.device.type == "cpu"
+            and any(isinstance(arg, Tensor) and arg.device.type == "cuda" for arg in args)
+        )
+        if waits or to_host or func.name() == "torchvision::nms":
+            self.waits.append(func.name())
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:`create_unbacked_symint`:FutureWarning")  # torchvision's
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_host_waits_do_not_grow_with_the_batch(batch_size: int) -> None:
+    # On fake CUDA tensors: no GPU is needed, and no value can be read on the host.
+    post = Postprocess(PostprocessConfig(), SSDBoxCoder(), "softmax", True)
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False), CountOperators() as count:
+        raw = RawPredictions(
+            torch.randn(batch_size, 2034, 4, device="cuda"),
+            torch.randn(batch_size, 2034, 81, device="cuda"),
+            torch.rand(2034, 4, device="cuda"),
+        )
+        on_host = post.batched(raw).cpu()
+    assert on_host.shape == (batch_size, 300, 6)
+    assert count.waits == ["torchvision::nms", "aten::_to_copy"]

@@ -142,6 +142,21 @@ def test_same_detections_where_nothing_is_cut_off(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.boxes, theirs.boxes, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("shift", [0.0, 1e4, 1e30])
+def test_a_stray_box_changes_no_other(tmp_path: Path, shift: float) -> None:
+    """One box of 19,000 pixels and more; its distance must not cost the others the digits that tell them apart."""
+    _, raw, sizes = draw(tmp_path, num_images=2, num_classes=80, side=160)
+    config = PostprocessConfig(score_threshold=0.002, candidates=100_000, max_detections=100_000)
+    raw.codes[:, -1] = torch.tensor([shift, 0, 30, 30])  # as large as the coder makes it
+    raw.class_logits[:, -1] = torch.tensor([0.0] + [8.0] + [-8.0] * 79)
+    found = Postprocess(config, SSDBoxCoder(), "softmax", True)(raw, whole(sizes, 160), sizes)
+    wanted = exhaustive(raw, raw.class_logits.softmax(-1)[..., 1:], sizes, config, limit=100_000)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert len(theirs) > 500
+        assert len(ours) == len(theirs)
+        torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-6, rtol=0)
+
+
 @needs_shared("weights/ssdlite_mobilenet_v2_person_expected.npz")
 def test_real_predictions() -> None:
     """What TensorFlow's SSDLite (one class, sigmoid scores) says of four images, and the detections it makes of that."""

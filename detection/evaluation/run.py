@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detection.evaluation.coco_ap import CocoEvaluator
-from detection.structures import Batch, Detections, RawPredictions, Runner, detections_to_cpu, device_of, run_in_parts
+from detection.structures import Batch, Detections, RawPredictions, Runner, device_of, run_in_parts
 
 _log = logging.getLogger(__name__)
 
@@ -92,18 +92,14 @@ def evaluate(
             unreadable += batch.skipped
             if not len(batch):
                 continue
-            # What else is in the batch is not needed there; image ids are for the host.
-            images, placements, sizes = (
-                tensor.to(device, non_blocking=True)
-                for tensor in (batch.images, batch.placements, batch.original_sizes)
-            )
+            images = batch.images.to(device, non_blocking=True)  # the rest is for the host
             if clock:
                 clock.ends("wait")
             with torch.inference_mode():
                 raw = run_in_parts(runner, images)
                 if clock:
                     clock.ends("network")
-                detections = detections_to_cpu(postprocess(raw, placements, sizes))
+                detections = postprocess(raw, batch.placements, batch.original_sizes)
             evaluator.update(batch.image_ids, detections)
             if clock:
                 clock.ends("postprocess")

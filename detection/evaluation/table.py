@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from backbones.errors import UserError
 from backbones.state import write_whole
 from detection.data.coco import CocoIndex
-from detection.structures import Detections, detections_to_cpu
+from detection.structures import Detections
 
 _log = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class DetectionTable:
         """What was found in each of B images, boxes in pixels of the image on disk."""
         if not detections:
             return cls.empty()
-        found = detections_to_cpu(detections)
+        found = [one.cpu() for one in detections]
         return cls(
             image_ids=np.repeat(np.array(image_ids, np.int64), [len(one) for one in found]),
             boxes=torch.cat([one.boxes for one in found]).reshape(-1, 4).float().numpy(),

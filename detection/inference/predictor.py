@@ -21,7 +21,7 @@ from detection.images.place import place
 from detection.inference.inputs import Image, to_array
 from detection.inference.runners import Amp, Backend, build_runner, threads_for
 from detection.postprocess import build_postprocess
-from detection.structures import Detections, Runner, detections_to_cpu, device_of, run_in_parts
+from detection.structures import Detections, Runner, device_of, run_in_parts
 from detection.weights.hub import locate
 from detection.weights.info import DetectorInfo
 from detection.weights.native import read_detector
@@ -84,7 +84,7 @@ class Predictor:
         sizes = torch.tensor([array.shape[:2] for array in arrays])
         with torch.inference_mode(), threads_for(self.runner):
             raw = run_in_parts(self.runner, pixels.to(self.device, non_blocking=True))
-            return detections_to_cpu(self.postprocess(raw, placements.to(self.device), sizes.to(self.device)))
+            return self.postprocess(raw, placements, sizes)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.runner, self.info)

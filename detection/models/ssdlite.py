@@ -119,14 +119,21 @@ class SSDLite(Detector):
         self.head.apply(self._initialise)
         if config.score == "sigmoid":
             for output in self.head.class_outputs():
-                assert output.bias is not None
-                nn.init.constant_(output.bias, -math.log((1 - config.prior) / config.prior))
+                self._start_at_prior(output)
 
     def _initialise(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=self.config.init_std)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def _start_at_prior(self, output: nn.Conv2d) -> None:
+        """Biases that start every class at probability ``prior``, and the background, if it has a column, at 1 - ``prior``."""
+        assert output.bias is not None
+        rare = math.log(self.config.prior / (1 - self.config.prior))
+        nn.init.constant_(output.bias, rare)
+        if self.config.background_column:
+            nn.init.constant_(output.bias.view(-1, self.head.num_columns)[:, 0], -rare)
 
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         maps = list(self.backbone(images).values())

@@ -107,7 +107,7 @@ class SSDLoss(DetectionLoss):
     def forward(self, raw: RawPredictions, target: Target) -> dict[str, Tensor]:
         """See ``DetectionLoss``; the parts are ``loss_box`` and ``loss_class``."""
         logits, codes = raw.class_logits.float(), raw.codes.float()
-        B, A, C = logits.shape
+        B, A, _ = logits.shape
         with torch.no_grad():
             positive, objects, _ = self.assigner(raw, target)
             if target.valid.shape[1]:
@@ -129,12 +129,11 @@ class SSDLoss(DetectionLoss):
         loss_box = (box_errors * positive).sum() / normaliser
 
         if self.config.classification == "focal":
-            one_hot = F.one_hot(columns, C).to(logits)
-            if not self.first_column:  # without a background column a negative is a row of zeros
-                one_hot = one_hot * positive[..., None]
-            loss_class = (
-                sigmoid_focal_loss(logits, one_hot, self.config.focal_alpha, self.config.focal_gamma).sum() / normaliser
-            )
+            # Not F.one_hot: its int64 takes twice the memory of the logits. Without a background column a negative is a row of 0.
+            hit = torch.ones_like(positive) if self.first_column else positive
+            targets = torch.zeros_like(logits).scatter_(2, columns[..., None], hit[..., None].to(logits))
+            focal = sigmoid_focal_loss(logits, targets, self.config.focal_alpha, self.config.focal_gamma)
+            loss_class = focal.sum() / normaliser
         else:
             errors = F.cross_entropy(
                 logits.flatten(0, 1), columns.flatten(), reduction="none", label_smoothing=self.config.label_smoothing
@@ -158,7 +157,7 @@ class SSDLoss(DetectionLoss):
             bool [B, A]: the ``negatives_per_positive`` times as many negatives as the image has positives, and at least
             ``min_negatives``, with the lowest probability of background.
         """
-        background = logits.log_softmax(-1)[..., 0].masked_fill(positive, float("inf"))
+        background = (logits[..., 0] - logits.logsumexp(-1)).masked_fill(positive, float("inf"))
         rank = background.argsort(dim=1, stable=True).argsort(dim=1)  # 0 = the hardest
         wanted = (positive.sum(1, keepdim=True) * self.config.negatives_per_positive).floor()
         wanted = wanted.clamp(min=self.config.min_negatives)

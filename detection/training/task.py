@@ -160,8 +160,8 @@ class DetectionTask:
             raw = model(batch.images[shown])
         # The image is the network's input itself: it lies where it is.
         height, width = batch.images.shape[-2:]
-        placements = torch.tensor([[1.0, 1.0, 0.0, 0.0]], device=raw.codes.device).expand(len(images), 4)
-        sizes = torch.tensor([[height, width]], device=placements.device).expand(len(images), 2)
-        found = [d.cpu().above(_SHOWN_SCORE) for d in self.postprocess(raw, placements, sizes)]
+        placements = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).expand(len(images), 4)
+        sizes = torch.tensor([[height, width]]).expand(len(images), 2)
+        found = [d.above(_SHOWN_SCORE) for d in self.postprocess(raw, placements, sizes)]
         drawn = [draw_detections(np.ascontiguousarray(image), d) for image, d in zip(images, found, strict=True)]
         writer.add_image("training/predictions", image_grid(drawn), step, dataformats="HWC")
