@@ -5,6 +5,7 @@ Letters in shapes: B batch, C channels, H W height and width.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import gt
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ PAPER_SETTINGS = (
     (6, 320, 1, 1),
 )
 STEM_CHANNELS = 32
+# A config may come from a file that nobody checked: beyond these a network would take all memory that there is.
+_MAX_STAGES = 20
+_MAX_ROW = (16, 2048, 64, 2)
+_MAX_LAST_CHANNELS = 16_384
 
 
 @dataclass(kw_only=True, slots=True)
@@ -65,13 +70,17 @@ class MobileNetV2Config:
         """Raise UserError, with the value and what is allowed, where a value makes no sense."""
         if not 0.1 <= self.width <= 4:
             raise UserError(f"width is {self.width}; it can be 0.1 to 4 (public weights exist for 0.35 to 1.4)")
-        if not self.settings:
-            raise UserError("settings has no rows; at least one stage (t, c, n, s) is needed")
+        if not 1 <= len(self.settings) <= _MAX_STAGES:
+            raise UserError(
+                f"settings has {len(self.settings)} rows; 1 to {_MAX_STAGES} stages (t, c, n, s) can be built"
+            )
         for row in self.settings:
-            if min(row) < 1 or row[3] not in (1, 2):
-                raise UserError(f"settings row {row}: t, c, n are at least 1 and the stride s is 1 or 2")
-        if self.last_channels < 1:
-            raise UserError(f"last_channels is {self.last_channels}; at least 1 is needed")
+            if len(row) != 4 or min(row) < 1 or any(map(gt, row, _MAX_ROW)):
+                raise UserError(
+                    f"settings row {row}: t, c, n, s are at least 1 and at most {', '.join(map(str, _MAX_ROW))}"
+                )
+        if not 1 <= self.last_channels <= _MAX_LAST_CHANNELS:
+            raise UserError(f"last_channels is {self.last_channels}; it can be 1 to {_MAX_LAST_CHANNELS}")
         if self.residual not in ("identity", "projection"):
             raise UserError(f"residual is {self.residual!r}; it can be 'identity' or 'projection'")
         if self.padding not in ("symmetric", "tf_same"):

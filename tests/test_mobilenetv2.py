@@ -285,8 +285,11 @@ def test_parts_behind_the_last_feature_do_not_run() -> None:
     ("change", "message"),
     [
         ({"width": 0.0}, r"width is 0.0; it can be 0.1 to 4"),
-        ({"settings": ()}, r"settings has no rows"),
-        ({"settings": ((6, 24, 2, 3),)}, r"settings row \(6, 24, 2, 3\): .*stride s is 1 or 2"),
+        ({"settings": ()}, r"settings has 0 rows; 1 to 20 stages"),
+        (
+            {"settings": ((6, 24, 2, 3),)},
+            r"settings row \(6, 24, 2, 3\): t, c, n, s are at least 1 and at most 16, 2048, 64, 2",
+        ),
         ({"last_channels": 0}, r"last_channels is 0"),
         ({"residual": "none"}, r"residual is 'none'; it can be 'identity' or 'projection'"),
         ({"padding": "valid"}, r"padding is 'valid'; it can be 'symmetric' or 'tf_same'"),

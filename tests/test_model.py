@@ -85,12 +85,25 @@ def test_uint8_and_float_images_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("config", "num_classes", "message"),
     [
-        (SSDLiteConfig(input_size=(64, 320)), 2, r"each at least 96 pixels; got \(64, 320\)"),
-        (SSDLiteConfig(), 0, "at least one class, got num_classes=0"),
+        (SSDLiteConfig(input_size=(64, 320)), 2, r"each 96 to 4096 pixels; got \(64, 320\)"),
+        (SSDLiteConfig(), 0, "1 to 20000 classes, got num_classes=0"),
         (SSDLiteConfig(features=("stage9",)), 2, "'stage9'; there are: stem"),
         (SSDLiteConfig(background_column=False), 2, "softmax needs model.background_column"),
         (SSDLiteConfig(std=(1.0, 0.0, 1.0)), 2, "model.std must be positive"),
-        (SSDLiteConfig(features=()), 2, "names no map"),
+        (SSDLiteConfig(input_size=(100_000, 320)), 2, r"each 96 to 4096 pixels; got \(100000, 320\)"),
+        (SSDLiteConfig(), 10**9, "1 to 20000 classes, got num_classes=1000000000"),
+        (SSDLiteConfig(extra_channels=(10**9,)), 2, "model.extra_channels are at most 16 numbers from 1 to 4096"),
+        (
+            SSDLiteConfig(backbone=MobileNetV2Config(last_channels=10**9)),
+            2,
+            "last_channels is 1000000000; it can be 1 to",
+        ),
+        (
+            SSDLiteConfig(anchors=AnchorConfig(ratios=(1.0,) * 10**6)),
+            2,
+            "anchor ratios must be positive and 1 to 32 of them",
+        ),
+        (SSDLiteConfig(features=()), 2, "names 1 to 16 maps of the backbone, got 0"),
     ],
 )
 def test_configs_that_make_no_sense(config: SSDLiteConfig, num_classes: int, message: str) -> None:

@@ -12,6 +12,7 @@ from tensorboard.compat.proto.graph_pb2 import GraphDef
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from torch import Tensor, nn
 
+from backbones.errors import UserError
 from backbones.layers import ConvNormAct
 from backbones.mobilenetv2 import MobileNetV2Config
 from backbones.weights.info import WeightsInfo
@@ -258,6 +259,28 @@ def test_constants_in_their_short_form() -> None:
     assert tensor_value(tensor).tolist() == [[0.25] * 3] * 2
     tensor.float_val.extend([1.0, 2.0, 3.0, 4.0, 5.0])
     assert tensor_value(tensor).tolist() == [[0.25, 1.0, 2.0], [3.0, 4.0, 5.0]]
+    del tensor.float_val[3:]  # the last one stands for those that are left
+    assert tensor_value(tensor).tolist() == [[0.25, 1.0, 2.0], [2.0, 2.0, 2.0]]
+    del tensor.float_val[:]
+    assert tensor_value(tensor).tolist() == [[0.0] * 3] * 2
+    tensor.dtype = 7
+    with pytest.raises(UserError, match="is of TensorFlow's type 7; float32, float16, int32 and int64 are read"):
+        tensor_value(tensor)
+    tensor.dtype, tensor.tensor_content = 1, bytes(8)
+    with pytest.raises(UserError, match=r"has 8 bytes, which do not fill its shape \[2, 3\]"):
+        tensor_value(tensor)
+
+
+def test_nodes_in_a_circle_end(tmp_path: Path) -> None:
+    write_graph(tensorflow_detector(1), tmp_path / "g.pb")
+    graph = GraphDef.FromString((tmp_path / "g.pb").read_bytes())
+    for node in graph.node:
+        if node.name == "BoxPredictor_0/BoxEncodingPredictor_depthwise/depthwise":
+            node.input[0] = "circle"
+    graph.node.add(name="circle", op="Identity", input=["circle"])
+    (tmp_path / "g.pb").write_bytes(graph.SerializeToString())
+    with pytest.raises(UserError, match=r"g\.pb: the node circle has no input but itself"):
+        read_frozen_graph(tmp_path / "g.pb")
 
 
 def test_pixels_of_tensorflow() -> None:

@@ -7,9 +7,9 @@ convolutions: ``unfold_norms`` takes them out again, so that the network can be 
 Letters in shapes: I O channels in and out, K classes.
 """
 
-import io
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,19 @@ from backbones.classifier import Classifier, ClassifierConfig
 from backbones.errors import UserError
 from backbones.layers import ConvNormAct
 from backbones.mobilenetv2 import MobileNetV2Config
+from backbones.state import existing_file
 from backbones.weights.info import WeightsInfo
 from backbones.weights.layouts import PUBLIC_WIDTHS
 
 NORM_EPS = 1e-3  # TensorFlow's; any would do, the statistics are new
+
+_MAX_LAYERS = 1000  # the deepest public MobileNetV2 has 80
+_MAX_LABELS = 1 << 20  # bytes of a label file that are read
+_MAX_LABEL_FILES = 16
+
+# What the flatbuffer's accessors, which check nothing, raise for offsets and numbers that make no sense.
+_DAMAGED = (IndexError, KeyError, TypeError, AttributeError, ValueError, OverflowError, ZeroDivisionError, RecursionError,
+            MemoryError, struct.error)  # fmt: skip
 
 _PASSED_BY = ("ADD", "AVERAGE_POOL_2D", "DEQUANTIZE", "MEAN", "QUANTIZE", "RESHAPE", "SOFTMAX", "SQUEEZE")
 
@@ -82,11 +91,13 @@ def read_tflite(path: Path) -> tuple[Classifier, WeightsInfo, list[str]]:
     layers, mean, std = _read_layers(path)
     if len(layers) < 2:
         raise UserError(f"{path} has {len(layers)} convolutions; a MobileNetV2 classifier was expected")
-    classifier, problems = _nearest(layers)
+    with torch.device("meta"):  # a file says how large its network is: it has to hold it, too, before that is built
+        classifier, problems = _nearest(layers)
     if problems:
         raise UserError(
             "\n".join([f"{path} holds no MobileNetV2 classifier that is known here, nothing was read:", *problems])
         )
+    classifier = Classifier(ClassifierConfig(backbone=classifier.backbone.config), classifier.num_classes)
     places = _places(classifier)
     for place, layer in zip(places, layers[:-1], strict=True):
         place.conv.weight.data.copy_(layer.weight)
@@ -219,14 +230,27 @@ def _shapes(width: float) -> list[tuple[int, ...]]:
 
 def _class_names(path: Path, num_classes: int) -> tuple[str, ...]:
     """The names in the label file that may be packed behind the flatbuffer (TensorFlow Lite's metadata), else none."""
-    content = path.read_bytes()
-    if not zipfile.is_zipfile(io.BytesIO(content)):
+    if not zipfile.is_zipfile(path):
         return ()
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        for entry in archive.namelist():
-            names = tuple(archive.read(entry).decode("utf-8", "replace").splitlines())
-            if entry.endswith(".txt") and len(names) == num_classes:
-                return names
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in [name for name in archive.namelist() if name.endswith(".txt")][:_MAX_LABEL_FILES]:
+                with archive.open(entry) as file:
+                    names = tuple(file.read(_MAX_LABELS).decode("utf-8", "replace").splitlines())
+                if len(names) == num_classes:
+                    return names
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        RuntimeError,
+        NotImplementedError,
+        ValueError,
+        struct.error,
+    ) as error:
+        raise UserError(
+            f"{path}: the label files packed in it are damaged ({type(error).__name__}: {error})"
+        ) from error
     return ()
 
 
@@ -244,13 +268,15 @@ def _read_layers(path: Path) -> tuple[list[Layer], tuple[float, float, float], t
         tflite.ActivationFunctionType.RELU6: "relu6",
     }
     try:
-        model = tflite.Model.GetRootAs(path.read_bytes())
+        content = existing_file(path).read_bytes()
+        model = tflite.Model.GetRootAs(content)
         graph = model.Subgraphs(0)
         operators = [graph.Operators(index) for index in range(graph.OperatorsLength())]
         made_by = {operator.Outputs(0): operator for operator in operators}
         codes = [model.OperatorCodes(operator.OpcodeIndex()) for operator in operators]
         kinds = [names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())] for code in codes]
-        layers = []
+        layers: list[Layer] = []
+        num_values = 0
         for operator, kind in zip(operators, kinds, strict=True):
             if kind in _PASSED_BY:
                 continue
@@ -267,6 +293,11 @@ def _read_layers(path: Path) -> tuple[list[Layer], tuple[float, float, float], t
             options.Init(table.Bytes, table.Pos)
             name, weight = _constant(model, graph, made_by, operator.Inputs(1))
             bias = _constant(model, graph, made_by, operator.Inputs(2))[1]
+            num_values += weight.size + bias.size
+            if len(layers) == _MAX_LAYERS or num_values > len(content):  # every value takes a byte at least
+                raise UserError(
+                    f"{path} is damaged: its layers have more values than the file has bytes, or are too many"
+                )
             stride = 1
             if kind == "FULLY_CONNECTED":
                 weight = weight[:, None, None]
@@ -287,7 +318,9 @@ def _read_layers(path: Path) -> tuple[list[Layer], tuple[float, float, float], t
                 )
             )
         mean, std = _normalisation(graph.Tensors(graph.Inputs(0)), tflite.TensorType.UINT8)
-    except (IndexError, KeyError, TypeError, AttributeError, UnicodeDecodeError, struct.error) as error:
+    except UserError:
+        raise
+    except _DAMAGED as error:
         raise UserError(f"{path} is a damaged TensorFlow Lite file ({type(error).__name__}: {error})") from error
     return layers, (mean, mean, mean), (std, std, std)
 
@@ -308,6 +341,8 @@ def _constant(model: Any, graph: Any, made_by: dict[int, Any], index: int) -> tu
     if isinstance(data, int):  # no data of its own: float16 files hold the constant before a DEQUANTIZE operator
         return _constant(model, graph, made_by, made_by[index].Inputs(0))
     shape = [tensor.Shape(axis) for axis in range(tensor.ShapeLength())]
+    if min(shape, default=0) < 0:
+        raise ValueError(f"the tensor {index} claims the shape {shape}")
     values = np.frombuffer(data.tobytes(), types[tensor.Type()]).reshape(shape)
     quantization = tensor.Quantization()
     if quantization is not None and quantization.ScaleLength():

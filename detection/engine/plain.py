@@ -44,6 +44,10 @@ def from_plain(plain: object, config_type: type[Config], kinds: Kinds | None = N
         if issubclass(wanted, Path):
             return Path(value)
         if wanted in kinds:
+            if not isinstance(value, Mapping):
+                raise TypeError(
+                    f"Expected `object`, got `{type(value).__name__}`"
+                )  # as msgspec says it, which adds the place
             return msgspec.convert(value, kinds[wanted](value), dec_hook=other, strict=False)
         raise NotImplementedError(f"cannot read a {wanted.__name__}")
 

@@ -16,6 +16,8 @@ from detection.boxes import cxcywh_to_xyxy
 
 Size = tuple[int, int]
 
+_MAX_RATIOS = 32
+
 
 @dataclass(kw_only=True, slots=True)
 class AnchorConfig:
@@ -37,8 +39,10 @@ class AnchorConfig:
             raise UserError(
                 f"anchors need 0 < min_scale <= max_scale, got min_scale={self.min_scale}, max_scale={self.max_scale}"
             )
-        if not self.ratios or min(self.ratios) <= 0:
-            raise UserError(f"anchor ratios must be positive and at least one, got {self.ratios}")
+        if not 1 <= len(self.ratios) <= _MAX_RATIOS or not min(self.ratios) > 0:
+            raise UserError(f"anchor ratios must be positive and 1 to {_MAX_RATIOS} of them, got {self.ratios[:20]}")
+        if self.scales is not None and not all(scale > 0 for scale in self.scales):
+            raise UserError(f"anchor scales must be positive, got {self.scales[:20]}")
 
 
 class AnchorGenerator:

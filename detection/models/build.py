@@ -32,6 +32,6 @@ def config_type(plain: Mapping[str, Any]) -> type[DetectorConfig]:
         UserError: a kind that this version does not know.
     """
     kind = plain.get("kind", "ssdlite")
-    if kind not in _CONFIGS:
+    if not isinstance(kind, str) or kind not in _CONFIGS:
         raise UserError(f"this is a detector of kind {kind!r}; this version knows {', '.join(_CONFIGS)}")
     return _CONFIGS[kind]

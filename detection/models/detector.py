@@ -19,6 +19,9 @@ from detection.structures import RawPredictions, ResizeMode
 
 Triple = tuple[float, float, float]
 Score = Literal["softmax", "sigmoid"]
+# A config may come from a file that nobody checked: beyond these a network would take all memory that there is.
+MAX_SIDE = 4096  # pixels of the input's sides
+MAX_CLASSES = 20_000
 _Config = TypeVar("_Config", bound="DetectorConfig")
 
 
@@ -94,8 +97,8 @@ class Detector(nn.Module, ABC):
     def __init__(self, config: DetectorConfig, num_classes: int) -> None:
         super().__init__()
         config.validate()
-        if num_classes < 1:
-            raise UserError(f"a detector needs at least one class, got num_classes={num_classes}")
+        if not 1 <= num_classes <= MAX_CLASSES:
+            raise UserError(f"a detector has 1 to {MAX_CLASSES} classes, got num_classes={num_classes}")
         mean, std = config.mean or IMAGENET_MEAN, config.std or IMAGENET_STD
         self.config = config.replaced(mean=mean, std=std)
         self.num_classes = num_classes

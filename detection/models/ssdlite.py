@@ -16,9 +16,12 @@ from backbones.layers import ConvNormAct
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from detection.models.anchors import AnchorConfig, AnchorGenerator
 from detection.models.box_coders import SSDBoxCoder
-from detection.models.detector import Detector, DetectorConfig, Score, Triple
+from detection.models.detector import MAX_SIDE, Detector, DetectorConfig, Score, Triple
 from detection.models.heads import Extras, SSDLiteHead, names_of_parameters
 from detection.structures import ResizeMode
+
+_MAX_MAPS = 16
+_MAX_CHANNELS = 4096
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,7 +36,7 @@ class SSDLiteConfig(DetectorConfig):
     backbone: MobileNetV2Config = field(default_factory=MobileNetV2Config)
     """The network under the head."""
     input_size: tuple[int, int] = (320, 320)
-    """(height, width) of the network's input in pixels, at least 96 each. Need not be square."""
+    """(height, width) of the network's input in pixels, 96 to 4096 each. Need not be square."""
     resize: ResizeMode = "stretch"
     """How an image comes to the input size: sides scaled each for itself, or both alike with a border. stretch_tensorflow
     picks pixels as TensorFlow 1 does, for weights of it: without averaging, and shifted by up to half a pixel."""
@@ -61,14 +64,26 @@ class SSDLiteConfig(DetectorConfig):
     """Standard deviation of the input's channels, in the same way."""
 
     def validate(self) -> None:
-        if len(self.input_size) != 2 or min(self.input_size) < 96:
-            raise UserError(f"model.input_size is (height, width), each at least 96 pixels; got {self.input_size}")
-        if len(self.features) < 1:
-            raise UserError("model.features names no map of the backbone")
+        self.backbone.validate()
+        if len(self.input_size) != 2 or min(self.input_size) < 96 or max(self.input_size) > MAX_SIDE:
+            raise UserError(
+                f"model.input_size is (height, width), each 96 to {MAX_SIDE} pixels; got {tuple(self.input_size)}"
+            )
+        if not 1 <= len(self.features) <= _MAX_MAPS:
+            raise UserError(f"model.features names 1 to {_MAX_MAPS} maps of the backbone, got {len(self.features)}")
+        if len(self.extra_channels) > _MAX_MAPS or not all(1 <= c <= _MAX_CHANNELS for c in self.extra_channels):
+            raise UserError(
+                f"model.extra_channels are at most {_MAX_MAPS} numbers from 1 to {_MAX_CHANNELS}; got {self.extra_channels[:20]}"
+            )
         if self.score == "softmax" and not self.background_column:
             raise UserError("model.score softmax needs model.background_column; without it a score has no rival")
-        if self.std is not None and min(self.std) <= 0:
+        if self.std is not None and not min(self.std) > 0:
             raise UserError(f"model.std must be positive, got {self.std}")
+        if not 0 < self.prior < 1 or not self.norm_eps > 0 or not 0 < self.norm_momentum <= 1:
+            raise UserError(
+                f"model.prior is between 0 and 1, model.norm_eps above 0, model.norm_momentum above 0 and at most 1; got "
+                f"{self.prior}, {self.norm_eps}, {self.norm_momentum}"
+            )
         self.anchors.validate()
 
     def box_coder(self) -> SSDBoxCoder:

@@ -17,7 +17,7 @@ from torch import Tensor
 from backbones.errors import UserError
 from backbones.layers import IMAGENET_MEAN, IMAGENET_STD
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
-from backbones.state import load_state
+from backbones.state import check_state, load_state
 from backbones.weights.layouts import PUBLIC_WIDTHS
 from detection.models.anchors import AnchorConfig
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
@@ -56,9 +56,9 @@ def read_mmdetection(
         UserError: another detector; every tensor that differs is named.
     """
     outputs = state.get("bbox_head.cls_convs.0.1.bias")
-    if outputs is None or len(outputs) % len(_ANCHOR_ORDER):
+    if outputs is None or outputs.dim() != 1 or len(outputs) % len(_ANCHOR_ORDER):
         expected = f"bbox_head.cls_convs.0.1.bias with a multiple of {len(_ANCHOR_ORDER)} numbers"
-        found = "not there" if outputs is None else f"{len(outputs)} numbers"
+        found = "not there" if outputs is None else f"shape {list(outputs.shape)}"
         raise UserError(
             f"{path} is no SSDLite of mmdetection 2.14 or later ({expected}: {found}); older files go through its own "
             "tools/model_converters/upgrade_ssd_version.py first"
@@ -66,7 +66,8 @@ def read_mmdetection(
     num_columns = len(outputs) // len(_ANCHOR_ORDER)
     names, ids, remarks = _classes(path, num_columns - 1, class_names)
     config = _config(_width(path, state))
-    model = SSDLite(config, num_columns - 1)
+    with torch.device("meta"):  # a file says how large its network is: it has to hold it, too, before that is built
+        model = SSDLite(config, num_columns - 1)
     own, classes = model.state_dict(), model.class_tensors()
     table = mmdetection_keys(model)
     loaded = {ours: state[theirs] for ours, theirs in table.items() if theirs in state}
@@ -76,7 +77,9 @@ def read_mmdetection(
     for key, tensor in loaded.items():
         if key in classes | model.box_tensors() and tensor.shape == own[key].shape:
             loaded[key] = _reorder(tensor, num_columns if key in classes else 4, key in classes)
-    load_state(model, loaded, str(path))
+    check_state(model, loaded, path)
+    model = SSDLite(config, num_columns - 1)
+    load_state(model, loaded, path)
     info = DetectorInfo(
         model=model.config,
         postprocess=PostprocessConfig(score_threshold=0.02, nms_threshold=0.45, max_detections=200),
@@ -135,7 +138,7 @@ def _config(width: float) -> SSDLiteConfig:
 
 
 def _width(path: Path, state: Mapping[str, Tensor]) -> float:
-    channels = [len(state[key]) if key in state else None
+    channels = [state[key].shape[0] if key in state and state[key].dim() else None
                 for key in ("backbone.conv1.conv.weight", "backbone.layer5.0.linear_conv.conv.weight",
                             "backbone.layer7.0.linear_conv.conv.weight")]  # fmt: skip
     for width in PUBLIC_WIDTHS:

@@ -23,6 +23,7 @@ from backbones.errors import UserError
 from backbones.features import FeatureSpec
 from backbones.layers import ConvNormAct
 from backbones.mobilenetv2 import PAPER_SETTINGS, MobileNetV2, MobileNetV2Config
+from backbones.state import existing_file, load_state
 from backbones.weights.layouts import PUBLIC_WIDTHS
 from detection.models.anchors import AnchorConfig, AnchorGenerator
 from detection.models.heads import Extras
@@ -34,6 +35,7 @@ from detection.weights.info import DetectorInfo
 _SCOPE = "FeatureExtractor/MobilenetV2/"
 _SPARSE_COCO = 90  # outputs of a detector whose classes are COCO's ids
 _NEXT = ("Identity", "CheckNumerics")
+_MAX_VALUES = 1 << 25  # of a constant: one number in the file may stand for all of them
 
 
 @dataclass(slots=True)
@@ -46,9 +48,28 @@ class Graph:
     def constant(self, name: str) -> NDArray[Any] | None:
         """The value of a constant, None where there is no such node."""
         node = self.nodes.get(name)
-        if node is None or node.op != "Const":
+        if node is None or node.op != "Const" or "value" not in node.attr:
             return None
-        return tensor_value(node.attr["value"].tensor)
+        try:
+            return tensor_value(node.attr["value"].tensor)
+        except UserError as error:
+            raise UserError(f"{self.path}: the constant {name} {error}") from error
+
+    def numbers(self, name: str) -> NDArray[Any] | None:
+        """The value of a constant that is a list of numbers, None where there is no such node."""
+        value = self.constant(name)
+        if value is not None and value.ndim != 1:
+            raise UserError(f"{self.path}: the constant {name} has the shape {list(value.shape)}, a list was expected")
+        return value
+
+    def number(self, name: str) -> float | None:
+        """The value of a constant that is one number, None where there is no such node."""
+        value = self.constant(name)
+        if value is None:
+            return None
+        if value.size != 1 or not np.isfinite(value).all():
+            raise UserError(f"{self.path}: the constant {name} is no single number (shape {list(value.shape)})")
+        return float(value.item())
 
     def constants_ending(self, scope: str, end: str) -> list[NDArray[Any]]:
         """All constants within a scope whose name ends so."""
@@ -56,9 +77,17 @@ class Graph:
         return [value for name in sorted(names) if (value := self.constant(name)) is not None]
 
     def source(self, name: str) -> str:
-        """The name of the node that gives an input, past nodes that change nothing."""
+        """The name of the node that gives an input, past nodes that change nothing.
+
+        Raises:
+            UserError: such nodes that lead nowhere or in a circle.
+        """
         name = name.lstrip("^").split(":")[0]
+        passed = set()
         while name in self.nodes and self.nodes[name].op in _NEXT:
+            if name in passed or not self.nodes[name].input:
+                raise UserError(f"{self.path}: the node {name} has no input but itself")
+            passed.add(name)
             name = self.nodes[name].input[0].split(":")[0]
         return name
 
@@ -105,13 +134,13 @@ def read_frozen_graph(path: Path, class_names: tuple[str, ...] = ()) -> tuple[SS
     columns = _columns(graph)
     names, ids, keep, remarks = _classes(graph, columns - 1, class_names)
     config = _config(graph, convolutions)
-    model = SSDLite(config, columns - 1)
-    state = _state(graph, model, convolutions)
-    model.load_state_dict(state)
+    with torch.device("meta"):  # a graph says how large its network is: it has to hold it, too, before that is built
+        network = SSDLite(config, columns - 1)
+    state = _state(graph, network, convolutions)
     if len(keep) < columns - 1:
-        state = _drop_columns(state, model.class_tensors(), [0, *(label + 1 for label in keep)], columns)
-        model = SSDLite(config, len(keep))
-        model.load_state_dict(state)
+        state = _drop_columns(state, network.class_tensors(), [0, *(label + 1 for label in keep)], columns)
+    model = SSDLite(config, len(keep))
+    load_state(model, state, path)
     info = DetectorInfo(
         model=model.config,
         postprocess=_postprocess(graph),
@@ -125,27 +154,42 @@ def read_frozen_graph(path: Path, class_names: tuple[str, ...] = ()) -> tuple[SS
 def tensor_value(tensor: Any) -> NDArray[Any]:
     """A TensorProto as an array.
 
+    Returns:
+        The numbers in the tensor's shape, read-only. Where one number stands for all, they share its memory.
+
     Raises:
-        UserError: of a type that no detector's weights have.
+        UserError: a type that no detector's weights and settings have, more values than those of a small network, or other
+            than fill its shape; the message goes on after the constant's name.
     """
     dtypes = {1: (np.float32, "float_val"), 3: (np.int32, "int_val"), 9: (np.int64, "int64_val"), 19: (np.float16, "")}
     if tensor.dtype not in dtypes:
-        return np.array(None)  # texts and the like: nothing here reads them
+        raise UserError(f"is of TensorFlow's type {tensor.dtype}; float32, float16, int32 and int64 are read")
     dtype, name = dtypes[tensor.dtype]
     shape = [dim.size for dim in tensor.tensor_shape.dim]
+    size = math.prod(shape)
+    if min(shape, default=0) < 0 or size > _MAX_VALUES or len(shape) > 8:
+        raise UserError(f"claims the shape {shape}; at most {_MAX_VALUES} values are read")
     if tensor.tensor_content:
+        if len(tensor.tensor_content) != size * np.dtype(dtype).itemsize:
+            raise UserError(f"has {len(tensor.tensor_content)} bytes, which do not fill its shape {shape}")
         return np.frombuffer(tensor.tensor_content, dtype).reshape(shape)
     values = np.array(getattr(tensor, name, []), dtype) if name else np.array([], dtype)
-    # One value stands for all, as TensorFlow writes constants that are the same everywhere.
-    return values.reshape(shape) if values.size == math.prod(shape) else np.broadcast_to(values[-1:], shape)
+    if values.size > size:
+        raise UserError(f"has {values.size} values, too many for its shape {shape}")
+    # The last value stands for all that are left, and none for zeros: so TensorFlow writes constants that are the same
+    # everywhere (tensorflow/python/framework/tensor_util.py, MakeNdarray).
+    if values.size < 2 and size > 1:
+        return np.broadcast_to(values if values.size else np.zeros(1, dtype), shape)
+    return np.pad(values, (0, size - values.size), "edge" if values.size else "constant").reshape(shape)
 
 
 def _read_graph(path: Path) -> Graph:
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.graph_pb2 import GraphDef
 
+    content = existing_file(path).read_bytes()
     try:
-        graph = GraphDef.FromString(path.read_bytes())
+        graph = GraphDef.FromString(content)
     except DecodeError as error:
         raise UserError(f"{path} is not a TensorFlow graph: {error}") from error
     return Graph(path, {node.name: node for node in graph.node})
@@ -153,9 +197,9 @@ def _read_graph(path: Path) -> Graph:
 
 def _columns(graph: Graph) -> int:
     """Columns of class logits an anchor, the background among them."""
-    boxes = graph.constant("BoxPredictor_0/BoxEncodingPredictor/biases")
-    classes = graph.constant("BoxPredictor_0/ClassPredictor/biases")
-    if boxes is None or classes is None or len(classes) % (len(boxes) // 4):
+    boxes = graph.numbers("BoxPredictor_0/BoxEncodingPredictor/biases")
+    classes = graph.numbers("BoxPredictor_0/ClassPredictor/biases")
+    if boxes is None or classes is None or len(boxes) < 4 or len(classes) % (len(boxes) // 4):
         raise UserError(f"{graph.path}: BoxPredictor_0 has no biases of boxes and classes that fit together")
     return len(classes) // (len(boxes) // 4)
 
@@ -196,11 +240,11 @@ def _config(graph: Graph, convolutions: set[str]) -> SSDLiteConfig:
             f"{graph.path} does not resize its input to a fixed size (Preprocessor/.../ResizeImage/stack is missing); "
             "graphs with a fixed_shape_resizer are read"
         )
-    multiplier, subtracted = graph.constant("Preprocessor/mul/x"), graph.constant("Preprocessor/sub/y")
+    multiplier, subtracted = graph.number("Preprocessor/mul/x"), graph.number("Preprocessor/sub/y")
     mean, std = 0.5, 0.5
-    if multiplier is not None and subtracted is not None:  # pixel * multiplier - subtracted
-        std = round(1 / (255 * float(multiplier)), 6)
-        mean = round(float(subtracted) * std, 6)
+    if multiplier and subtracted is not None:  # pixel * multiplier - subtracted
+        std = round(1 / (255 * multiplier), 6)
+        mean = round(subtracted * std, 6)
     config = SSDLiteConfig(
         backbone=backbone,
         input_size=(int(sizes[0][0]), int(sizes[0][1])),
@@ -214,8 +258,8 @@ def _config(graph: Graph, convolutions: set[str]) -> SSDLiteConfig:
         std=(std, std, std),
     )
     config.anchors = _anchors(graph, config)
-    coder = [float(value) for name in ("truediv/y", "truediv_1/y", "truediv_2/y", "truediv_3/y")
-             if (value := graph.constant(f"Postprocessor/Decode/{name}")) is not None]  # fmt: skip
+    coder = [value for name in ("truediv/y", "truediv_1/y", "truediv_2/y", "truediv_3/y")
+             if (value := graph.number(f"Postprocessor/Decode/{name}")) is not None]  # fmt: skip
     if coder and coder != [10.0, 10.0, 5.0, 5.0]:
         raise UserError(f"{graph.path}: the scales of its box code are {coder}, ours are 10, 10, 5, 5")
     return config
@@ -274,11 +318,12 @@ def _anchors(graph: Graph, config: SSDLiteConfig) -> AnchorConfig:
     scope = "MultipleGridAnchorGenerator/"
     shapes: list[tuple[NDArray[Any], NDArray[Any]]] = []
     roots = [name for name, node in graph.nodes.items() if name.startswith(scope) and node.op == "Sqrt"]
-    for root in sorted(roots, key=lambda name: int(name.rpartition("_")[2]) if name[-1].isdigit() else 0):
-        ratios = graph.constant(graph.source(graph.nodes[root].input[0]))
+    for root in sorted(roots, key=lambda name: int(number[1]) if (number := re.search(r"_(\d{1,9})$", name)) else 0):
+        inputs = graph.nodes[root].input
+        ratios = graph.constant(graph.source(inputs[0])) if inputs else None
         for node in graph.nodes.values():
             if node.op == "Mul" and root in [graph.source(name) for name in node.input]:
-                beside = next(name for name in map(graph.source, node.input) if name != root)
+                beside = next((name for name in map(graph.source, node.input) if name != root), "")
                 scales = graph.constant(beside)
                 if ratios is not None and scales is not None:
                     shapes.append((ratios, scales))
@@ -287,6 +332,13 @@ def _anchors(graph: Graph, config: SSDLiteConfig) -> AnchorConfig:
     usual = AnchorConfig(ratios=(1.0, 2.0, 0.5, 3.0, 0.3333))
     if not shapes:
         return usual
+    for ratios_of_map, scales in shapes:
+        if ratios_of_map.ndim != 1 or ratios_of_map.shape != scales.shape or len(scales) < 2 or not (
+            np.isfinite([ratios_of_map, scales]).all() and min(ratios_of_map.min(), scales.min()) > 0
+        ):  # fmt: skip
+            raise UserError(
+                f"{graph.path}: the ratios and scales of its anchors are no lists of positive numbers that fit"
+            )
     reduced = len(shapes[0][0]) == 3
     own = [float(scales[1 if k == 0 and reduced else 0]) for k, (_, scales) in enumerate(shapes)]
     last = float(shapes[-1][1][-1]) ** 2 / own[-1]  # the square anchor between two scales is their geometric mean
@@ -324,11 +376,21 @@ def _postprocess(graph: Graph) -> PostprocessConfig:
     config = PostprocessConfig(nms_threshold=0.6, max_detections=100)
     thresholds = graph.constants_ending("Postprocessor/", "non_max_suppression/iou_threshold")
     if thresholds:
-        config.nms_threshold = round(float(thresholds[0]), 6)
+        config.nms_threshold = round(_single(graph, thresholds[0]), 6)
     limits = graph.constants_ending("Postprocessor/", "MultiClassNonMaxSuppression/Minimum/x")
     if limits:
-        config.max_detections = int(limits[0])
+        config.max_detections = int(_single(graph, limits[0]))
+    try:
+        config.validate()
+    except UserError as error:
+        raise UserError(f"{graph.path}: {error}") from error
     return config
+
+
+def _single(graph: Graph, value: NDArray[Any]) -> float:
+    if value.size != 1 or not np.isfinite(value).all():
+        raise UserError(f"{graph.path}: a setting of its non-maximum suppression has the shape {list(value.shape)}")
+    return float(value.item())
 
 
 def _state(graph: Graph, model: SSDLite, convolutions: set[str]) -> dict[str, Tensor]:
@@ -346,6 +408,9 @@ def _state(graph: Graph, model: SSDLite, convolutions: set[str]) -> dict[str, Te
             name, value = _tensor(graph, theirs, key)
             if value is None:
                 problems.append(f"  missing: {name} (our {key} {list(tensor.shape)})")
+                continue
+            if value.size != tensor.numel():
+                problems.append(f"  shape: {name} gives {list(value.shape)}, our {key} is {list(tensor.shape)}")
                 continue
             ours_of_theirs = _to_torch(value, name, key in boxes)
             if ours_of_theirs.shape != tensor.shape:
@@ -423,7 +488,9 @@ def _check_operators(graph: Graph, scope: str, eps: float) -> list[str]:
     for kind in ("Conv2D", "depthwise"):
         node = graph.nodes.get(f"{scope}/{kind}")
         if node is not None and node.attr["padding"].s not in (b"", b"SAME"):
-            problems.append(f"  {scope}/{kind}: padding {node.attr['padding'].s.decode()}, ours is SAME")
+            problems.append(
+                f"  {scope}/{kind}: padding {node.attr['padding'].s.decode(errors='replace')}, ours is SAME"
+            )
     if f"{scope}/BatchNorm/beta" in graph.nodes and abs(_epsilon(graph, scope) - eps) > 1e-9:
         problems.append(f"  {scope}/BatchNorm: epsilon {_epsilon(graph, scope):g}, expected {eps:g} as in the others")
     return problems
@@ -439,7 +506,8 @@ def _epsilon(graph: Graph, scope: str) -> float:
 
 
 def _required(graph: Graph, name: str) -> NDArray[Any]:
-    value = graph.constant(name)
+    """A list of numbers that has to be there."""
+    value = graph.numbers(name)
     if value is None:
         raise UserError(f"{graph.path}: the constant {name} is missing")
     return value

@@ -1,0 +1,244 @@
+"""Files of weights that are damaged or meant to harm: one clear line, no code run, no memory that the file does not hold."""
+
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tensorboard.compat.proto.graph_pb2 import GraphDef
+from test_convert_weights import write_tflite
+from test_tensorflow_weights import tensorflow_detector, write_graph
+
+from backbones.classifier import Classifier, ClassifierConfig
+from backbones.errors import UserError
+from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
+from backbones.weights.foreign import to_timm
+from backbones.weights.info import WeightsInfo
+from backbones.weights.native import load_backbone, load_classifier, read_model, save_weights
+from backbones.weights.readers import read_metadata
+from backbones.weights.tflite import read_tflite
+from detection import load_detector
+from detection.cli.convert_weights import main as convert_weights
+from detection.cli.eval import main as eval_det
+from detection.cli.train import main as train_det
+from detection.cli.train_cls import main as train_cls
+from detection.engine.checkpoint import load_checkpoint, save_checkpoint
+from detection.models.build import build_detector
+from detection.models.ssdlite import SSDLiteConfig
+from detection.postprocess import PostprocessConfig
+from detection.weights.info import DetectorInfo
+from detection.weights.native import read_detector, read_file, save_detector
+from detection.weights.recognition import convert
+from detection.weights.tensorflow import read_frozen_graph
+
+TINY = MobileNetV2Config(width=0.1, padding="tf_same", norm_eps=1e-3)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A good file of every kind that is read, as small as the kind allows."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("good")
+    detector = build_detector(SSDLiteConfig(backbone=TINY, input_size=(96, 96), extra_channels=(8, 8)), 2)
+    info = DetectorInfo(
+        model=detector.config, postprocess=PostprocessConfig(), class_names=("a", "b"), category_ids=(1, 2)
+    )
+    classifier = Classifier(ClassifierConfig(backbone=TINY), 3).eval()
+    save_detector(folder / "detector.safetensors", detector, info)
+    save_weights(folder / "classifier.safetensors", classifier, WeightsInfo(class_names=("a", "b", "c")))
+    save_checkpoint(folder / "best.pt", {"weights": detector.state_dict(), "extra": {"detector": info.to_plain()}})
+    timm = Classifier(ClassifierConfig(backbone=MobileNetV2Config(width=0.1)), 3)
+    torch.save(to_timm(timm), folder / "timm.pth")
+    torch.save(to_timm(timm), folder / "old.pth", _use_new_zipfile_serialization=False)
+    write_graph(tensorflow_detector(2, width=0.1), folder / "graph.pb")
+    write_tflite(folder / "labels.tflite", classifier, labels=("a", "b", "c"))
+    write_tflite(folder / "quantised.tflite", classifier, quantised=True)
+    return {path.name: path for path in folder.iterdir()}
+
+
+def places_of_structure(content: bytes, name: str) -> np.ndarray:
+    """Byte offsets of a file that are not numbers of weights, as far as that is easily told."""
+    if name.endswith(".safetensors"):
+        return np.arange(8 + int.from_bytes(content[:8], "little"))
+    if name in ("best.pt", "timm.pth"):
+        start = content.index(b"data.pkl")
+        return np.r_[start : start + 20_000, len(content) - 20_000 : len(content)] % len(content)
+    if name == "old.pth":
+        return np.arange(min(len(content), 40_000))
+    # Flatbuffers and protobufs: bytes with a text or a small number near by.
+    array = np.frombuffer(content, np.uint8)
+    near_zeros = np.convolve(array < 32, np.ones(9), "same") >= 5
+    return np.flatnonzero(near_zeros) if near_zeros.any() else np.arange(len(content))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["detector.safetensors", "classifier.safetensors", "best.pt", "timm.pth", "old.pth", "graph.pb", "labels.tflite",
+     "quantised.tflite"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore")  # numbers that are none are no news in a damaged file
+def test_flipped_bytes_and_cut_files_give_an_answer(files: dict[str, Path], tmp_path: Path, name: str) -> None:
+    content = files[name].read_bytes()
+    convert(files[name])
+    places = places_of_structure(content, name)
+    random = np.random.default_rng(0)
+    damaged = tmp_path / name
+    answers = []
+    for number in range(12):  # 250 were tried once for each kind
+        changed = bytearray(content)
+        for place in random.choice(places, 1 << random.integers(0, 5)):
+            changed[place] = random.integers(0, 256)
+        if number % 4 == 0:
+            changed = changed[: random.integers(1, len(content))]
+        damaged.write_bytes(changed)
+        try:
+            convert(damaged)
+        except (UserError, OSError) as error:
+            answers.append(str(error))
+    assert answers
+    for answer in answers:
+        assert name in answer
+        assert "weights_only" not in answer  # torch's advice to set it to False is dangerous
+
+
+class Evil:
+    """Pickled, it makes a file when code is run."""
+
+    def __init__(self, ran: Path) -> None:
+        self.ran = ran
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return (os.mkdir, (str(self.ran),))
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_no_way_in_runs_code_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], old_format: bool) -> None:
+    ran, path = tmp_path / "ran", tmp_path / "evil.pt"
+    content = {"format": "litedet checkpoint", "version": 1, "weights": {"a": Evil(ran)}, "extra": {}}
+    torch.save(content, path, _use_new_zipfile_serialization=not old_format)
+    ways: list[Callable[[], object]] = [
+        lambda: load_checkpoint(path),
+        lambda: read_detector(path),
+        lambda: read_file(path),
+        lambda: load_detector(path),
+        lambda: load_backbone(MobileNetV2(TINY), path),
+        lambda: load_classifier(Classifier(ClassifierConfig(backbone=TINY), 2), path),
+        lambda: read_model(path),
+        lambda: convert(path),
+    ]
+    for way in ways:
+        with pytest.raises(UserError, match=r"evil\.pt is not a .*it holds a \S*mkdir, which only code can restore"):
+            way()
+    images = tmp_path / "images" / "a"
+    images.mkdir(parents=True)
+    (images / "1.jpg").write_bytes(b"")
+    annotations = tmp_path / "a.json"
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "area": 81, "iscrowd": 0}
+    annotations.write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "1.jpg", "width": 20, "height": 20}],
+                "annotations": [box],
+                "categories": [{"id": 1, "name": "a"}],
+            }
+        )
+    )
+    data = [f"--data.{split}.{what}" for split in ("train", "val") for what in ("annotations", "images")]
+    values = [str(annotations), str(images)] * 2
+    given = [text for pair in zip(data, values, strict=True) for text in pair]
+    commands: list[Callable[[], object]] = [
+        lambda: convert_weights([str(path), str(tmp_path / "o.safetensors")]),
+        lambda: eval_det([str(path), "--annotations", str(annotations), "--images", str(images)]),
+        lambda: train_det(
+            [f"{ROOT}/configs/finetune.py:detector", "--weights", str(path), "--run-dir", str(tmp_path / "r"), *given]
+        ),
+        lambda: train_cls(
+            [f"{ROOT}/configs/finetune.py:classifier", "--weights", str(path), "--run-dir", str(tmp_path / "c"),
+             "--data.train", str(images.parent), "--data.val", str(images.parent)]
+        ),
+    ]  # fmt: skip
+    for command in commands:
+        with pytest.raises(SystemExit) as stopped:
+            command()
+        printed = capsys.readouterr().err
+        assert stopped.value.code == 2, printed
+        assert "evil.pt is not a" in printed, printed
+        assert "which only code can restore" in printed
+        assert "weights_only" not in printed
+    assert not ran.exists()
+
+
+def test_a_detector_that_claims_more_than_it_holds_is_refused_before_it_is_built(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    state, plain = load_file(files["detector.safetensors"]), read_metadata(files["detector.safetensors"])
+    record = json.loads(plain["detector"])
+    for field, value, message in (
+        ("input_size", [100_000, 100_000], r"input_size is .* 96 to 4096 pixels; got \(100000, 100000\)"),
+        ("extra_channels", [10**8, 8], r"extra_channels are at most"),
+        ("extra_channels", [4096] * 16, r"does not fit the network, nothing was loaded"),
+        ("backbone", record["model"]["backbone"] | {"width": 4.0}, r"does not fit the network, nothing was loaded"),
+        ("width", 1.0, r"unknown field model\.width of SSDLiteConfig"),
+        ("kind", ["ssdlite"], r"detector of kind \['ssdlite'\]; this version knows"),
+        ("kind", "other", r"detector of kind 'other'; this version knows"),
+    ):
+        detector = json.dumps(record | {"model": record["model"] | {field: value}})
+        save_file(state, tmp_path / "d.safetensors", plain | {"detector": detector})
+        for read in (read_detector, read_file, convert):
+            with pytest.raises(UserError, match=r"d\.safetensors") as error:
+                read(tmp_path / "d.safetensors")
+            assert error.match(message)
+    for text in ("", "[1]", "[" * 10_000, '{"model": 3}'):
+        save_file(state, tmp_path / "d.safetensors", plain | {"detector": text})
+        with pytest.raises(UserError, match=r"d\.safetensors"):
+            read_file(tmp_path / "d.safetensors")
+
+
+def test_numbers_of_classes_that_the_file_does_not_hold(files: dict[str, Path], tmp_path: Path) -> None:
+    """One stored number can stand for a tensor of any shape."""
+    state = torch.load(files["timm.pth"], weights_only=True)
+    state["classifier.weight"] = torch.zeros(1, 1).expand(10**9, 1280)
+    torch.save(state, tmp_path / "wide.pth")
+    with pytest.raises(UserError, match=r"wide\.pth"):
+        convert(tmp_path / "wide.pth")
+    graph = GraphDef.FromString(files["graph.pb"].read_bytes())
+    for node in graph.node:
+        if node.name == "BoxPredictor_0/ClassPredictor/biases":
+            tensor = node.attr["value"].tensor
+            tensor.tensor_content = b""
+            tensor.float_val.append(0.0)
+            tensor.tensor_shape.dim[0].size = 3 * 15_000  # columns; three anchors a cell
+    (tmp_path / "wide.pb").write_bytes(graph.SerializeToString())
+    with pytest.raises(UserError, match=r"wide\.pb does not fit our network, nothing was read"):
+        read_frozen_graph(tmp_path / "wide.pb")
+    tensor.tensor_shape.dim[0].size = 1 << 40
+    (tmp_path / "wide.pb").write_bytes(graph.SerializeToString())
+    with pytest.raises(
+        UserError, match=r"wide\.pb: the constant BoxPredictor_0/Class\S+ claims the shape \[1099511627776\]"
+    ):
+        read_frozen_graph(tmp_path / "wide.pb")
+
+
+def test_label_files_that_unpack_to_much_are_not_read_whole(files: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "bomb.tflite"
+    path.write_bytes(files["quantised.tflite"].read_bytes())
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("labels.txt", b"\n" * (64 << 20))
+        archive.writestr("good.txt", b"x\ny\nz\n")
+    assert read_tflite(path)[1].class_names == ("x", "y", "z")
+    path.write_bytes(path.read_bytes().replace(b"x\ny\nz\n", b"?").replace(b"PK\x03\x04", b"PK\x03\x05"))
+    with pytest.raises(UserError, match=r"bomb\.tflite: the label files packed in it are damaged"):
+        read_tflite(path)
+
+
+def test_a_checkpoint_of_another_version_is_told_so(tmp_path: Path) -> None:
+    torch.save({"format": "litedet checkpoint", "version": 99, "weights": {}}, tmp_path / "new.pt")
+    for read in (read_detector, read_file, load_detector, convert):
+        with pytest.raises(UserError, match=r"new\.pt has checkpoint format 99, this version of the project reads"):
+            read(tmp_path / "new.pt")
