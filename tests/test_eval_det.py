@@ -219,10 +219,10 @@ def test_unreadable_images_are_named_and_counted(
 
 def test_mistakes(scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     fixed = scene.arguments()[1:]
-    assert "gone.pt: no such checkpoint file" in error_of(capsys, [str(tmp_path / "gone.pt"), *fixed])
+    assert "gone.pt does not exist" in error_of(capsys, [str(tmp_path / "gone.pt"), *fixed])
     other = tmp_path / "backbone.pt"
     torch.save(MobileNetV2(MobileNetV2Config(width=0.35)).state_dict(), other)
-    assert "was not written by this project's training" in error_of(capsys, [str(other), *fixed])
+    assert "is not in a layout that is known here" in error_of(capsys, [str(other), *fixed])
     assert "--batch-size must be at least 1, got 0" in error_of(capsys, scene.arguments("--batch-size", "0"))
     assert "--workers must not be negative, got -1" in error_of(capsys, scene.arguments("--workers", "-1"))
     assert "score_threshold must be in [0, 1), got 2.0" in error_of(capsys, scene.arguments("--score-threshold", "2"))

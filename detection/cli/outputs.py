@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from backbones.errors import UserError
+from detection.images.decode import IMAGE_SUFFIXES
 
 # What lies in the folders that commands read: images, and the annotation files of VOC and YOLO.
-_CONTENTS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".txt", ".webp", ".xml")
+_CONTENTS = (*IMAGE_SUFFIXES, ".txt", ".xml")
 
 
 def refuse_overwrites(inputs: Mapping[str, str | Path | None], outputs: Mapping[str, Path | None]) -> None:
