@@ -217,7 +217,7 @@ def test_tools_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "is a folder, not a weights file" in fail([str(tmp_path), out], capsys)
     assert "with --to timm the result is a .pth file" in fail([source, out, "--to", "timm"], capsys)
     assert "with --to litedet the result is a .safetensors file" in fail([source, "o.pt"], capsys)
-    assert "a.pth is the source itself" in fail([source, source, "--to", "timm"], capsys)
+    assert "a.pth is the file of the source" in fail([source, source, "--to", "timm"], capsys)
     assert "has 3 classes, 2 names were given" in fail([source, out, "--class-names", "cat,dog"], capsys)
     assert "names are missing or come twice" in fail([source, out, "--class-names", "cat,cat,owl"], capsys)
     assert "--max-images is at least 1" in fail([source, out, "--max-images", "0"], capsys)
