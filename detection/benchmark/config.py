@@ -32,8 +32,8 @@ class BenchmarkConfig:
     out: Path = Path("runs/benchmark")
     """Folder for benchmark.json and benchmark.png."""
     weights: Path | None = None
-    """A detector (best.pt or .safetensors) with square input. None: drawn weights whose scores are spread as after a training
-    on COCO, 80 classes, 320 px."""
+    """A detector (best.pt, .safetensors, or a published name) with square input. None: drawn weights whose scores are
+    spread as after a training on COCO, 80 classes, 320 px."""
     images: Path | None = None
     """Folder of real images; needs --annotations. None: drawn images, 640x480."""
     annotations: Path | None = None

@@ -21,6 +21,7 @@ from detection.inference.predictor import Predictor, read_image
 from detection.inference.runners import Backend, build_runner
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig
+from detection.weights.hub import locate
 from detection.weights.info import DetectorInfo
 from detection.weights.native import read_detector
 
@@ -109,7 +110,7 @@ def _drawn_detector(images: list[NDArray[np.uint8]]) -> tuple[SSDLite, DetectorI
 
 
 def _own_detector(path: Path) -> tuple[SSDLite, DetectorInfo]:
-    model, info = read_detector(path)
+    model, info = read_detector(locate(path))
     if not isinstance(model, SSDLite):
         raise UserError(f"{path} holds a detector of kind {model.config.kind}; the peer is an SSDLite")
     info.postprocess.score_threshold = 0.001
