@@ -93,6 +93,7 @@ def test_uint8_and_float_images_are_the_same() -> None:
         (SSDLiteConfig(background_column=False), 2, "softmax needs model.background_column"),
         (SSDLiteConfig(std=(1.0, 0.0, 1.0)), 2, r"model\.std must be positive"),
         (SSDLiteConfig(features=()), 2, "names no map"),
+        (SSDLiteConfig(score="sigmoid", prior=0.0), 2, "model.prior is a probability above 0 and below 1, got 0.0"),
     ],
 )
 def test_configs_that_make_no_sense(config: SSDLiteConfig, num_classes: int, message: str) -> None:
