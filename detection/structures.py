@@ -1,4 +1,4 @@
-"""The nouns of the road from a file to a detection, each defined once.
+"""The types on the way from an image file to detections, each defined once.
 
 * Boxes are ``xyxy``: x1, y1, x2, y2 in absolute pixels of the image they accompany, float32, 0 <= x1 < x2 <= W.
 * Labels are ``0 .. K-1``; the background is never counted.
@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# How an image comes to the network's input size; see ``detection.images.place.place``.
+# How an image is brought to the network's input size; see ``detection.images.place.place``.
 ResizeMode = Literal["stretch", "letterbox", "stretch_tensorflow"]
 
 _Batch = TypeVar("_Batch", bound="Batch")
@@ -37,7 +37,7 @@ class Placement(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Sample:
-    """One image as a dataset gives it, ready to stand in a batch.
+    """One image of a dataset, ready to become part of a batch.
 
     Attributes:
         image: uint8 [H, W, 3], RGB, already at the network's input size.
@@ -45,8 +45,8 @@ class Sample:
         labels: int64 [N].
         image_id: the id of the image in its annotation file.
         original_size: (height, width) of the image on disk.
-        placement: where the image on disk lies in ``image``. After a random flip or crop it means nothing.
-        skipped: "path: reason" of every unreadable image in whose place this one stands.
+        placement: where the image on disk lies in ``image``. Meaningless after a random flip or crop.
+        skipped: "path: reason" of every unreadable image that this one replaces.
     """
 
     image: NDArray[np.uint8]
@@ -119,11 +119,11 @@ class Batch:
 
 
 class RawPredictions(NamedTuple):
-    """What the network says of every anchor, before any threshold.
+    """The network's output for every anchor, before any threshold; half precision under autocast.
 
     Attributes:
-        codes: float32 [B, A, D], the box coder's numbers.
-        class_logits: float32 [B, A, C].
+        codes: floating point [B, A, D], the box coder's numbers.
+        class_logits: floating point [B, A, C].
         anchors: float32 [A, 4], xyxy in pixels of the network's input.
     """
 
@@ -140,7 +140,7 @@ class Detections:
         boxes: float32 [N, 4], xyxy in pixels of the image as it was given.
         scores: float32 [N] in 0..1.
         labels: int64 [N].
-        class_names: name of each label, empty where nobody knows them.
+        class_names: name of each label; empty if the names are not known.
     """
 
     boxes: Tensor
@@ -152,7 +152,7 @@ class Detections:
         return len(self.scores)
 
     def above(self, score: float) -> Detections:
-        """Those with at least this score."""
+        """The detections with at least this score."""
         keep = self.scores >= score
         return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
 
@@ -160,7 +160,7 @@ class Detections:
         return replace(self, boxes=self.boxes.cpu(), scores=self.scores.cpu(), labels=self.labels.cpu())
 
     def names(self) -> list[str]:
-        """The class name of each detection, or its label as text where names are unknown."""
+        """The class name of each detection, or its label as text if the name is not known."""
         return [self.class_names[i] if i < len(self.class_names) else str(i) for i in self.labels.tolist()]
 
 

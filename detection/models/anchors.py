@@ -22,17 +22,21 @@ _MAX_RATIOS = 32
 @dataclass(kw_only=True, slots=True)
 class AnchorConfig:
     min_scale: float = 0.2
-    """Scale of the first map's anchors, as a share of the input's shorter side."""
+    """Scale of the anchors on the first (finest) feature map, as a fraction of the input's shorter side."""
     max_scale: float = 0.95
-    """Scale of the last map's anchors. The maps between are spaced evenly (SSD, eq. 4)."""
+    """Scale of the anchors on the last map, in the same unit. The maps between are spaced evenly (SSD, eq. 4)."""
     scales: tuple[float, ...] | None = None
-    """The scales themselves, one a map and one more for the last map's extra anchor. Replaces min_scale and max_scale."""
+    """Scales given one by one, in the same unit: one per map and one more for the last map's extra square anchor. None: spaced
+    evenly from min_scale to max_scale, then 1."""
     ratios: tuple[float, ...] = (1.0, 2.0, 1 / 2, 3.0, 1 / 3)
-    """Width over height of the anchors of a cell. One more square anchor stands between two scales (SSD, section 2.2)."""
+    """Width divided by height of the anchors of a cell. One more square anchor is added, of the geometric mean of this map's
+    scale and the next one's (SSD, section 2.2)."""
     reduce_first_map: bool = True
-    """Three anchors a cell on the first map: half the scale at ratio 1, the scale at 2 and 1/2. TensorFlow's SSD does so."""
+    """Use only three anchors per cell on the first map: half the scale at ratio 1, the full scale at ratios 2 and 1/2, as
+    TensorFlow's SSD does."""
     centre_steps: tuple[float, ...] | None = None
-    """Distance between the centres of neighbouring cells, a map, as a share of the input's sides. None: 1 / cells."""
+    """Distance between the centres of neighbouring cells, one per map, as a fraction of the input's sides. None: 1 / number of
+    cells."""
 
     def validate(self) -> None:
         if self.scales is None and not 0 < self.min_scale <= self.max_scale:
@@ -48,14 +52,21 @@ class AnchorConfig:
 class AnchorGenerator:
     """Default boxes of SSD (arXiv 1512.02325, section 2.2), with the reduced first map of TensorFlow's SSD.
 
-    Map k of n has scale s_k, spaced evenly from min_scale to max_scale, as a share of the shorter side of the input, so
-    that a ratio is a ratio in pixels also where the input is not square. Every cell has an anchor for each ratio r of
-    width s_k * sqrt(r) and height s_k / sqrt(r), and a square one of sqrt(s_k * s_{k+1}), s_{n+1} being 1. Centres lie at
-    (i + 0.5) / cells: at shares of the input, not at multiples of the stride, which differ on maps with rounded-up sides;
-    ``centre_steps`` sets them otherwise for weights that learnt so.
+    Map k of n has scale s_k, spaced evenly from min_scale to max_scale, as a fraction of the input's shorter side, so that a
+    ratio is a ratio in pixels even if the input is not square. Every cell has an anchor of width s_k * sqrt(r) and height
+    s_k / sqrt(r) for each ratio r, and a square one of side sqrt(s_k * s_{k+1}), where s_{n+1} is 1. Centres lie at
+    (i + 0.5) / cells, fractions of the input. Multiples of the stride would differ on maps whose sides were rounded up;
+    ``centre_steps`` is for weights that were trained with other distances.
+
+    Args:
+        config: see ``AnchorConfig``.
+        specs: the feature maps, from the finest.
+
+    Raises:
+        UserError: scales or steps that make no sense, or not as many as there are maps.
 
     Attributes:
-        num_anchors: anchors a cell, a map.
+        num_anchors: anchors per cell, one number per map.
     """
 
     def __init__(self, config: AnchorConfig, specs: Sequence[FeatureSpec]) -> None:

@@ -1,4 +1,7 @@
-"""How a box is written relative to an anchor."""
+"""How a box is written relative to an anchor.
+
+Letters in shapes: D numbers of a box code; ``...`` any leading dimensions.
+"""
 
 import math
 from typing import Protocol
@@ -10,10 +13,10 @@ from detection.boxes import xyxy_to_cxcywh
 
 
 class BoxCoder(Protocol):
-    """What a detector's box numbers mean.
+    """The meaning of the numbers that a detector gives for a box.
 
     Attributes:
-        code_size: D, numbers of a box code.
+        code_size: D, how many numbers there are for each anchor.
     """
 
     code_size: int
@@ -28,20 +31,20 @@ class BoxCoder(Protocol):
 class SSDBoxCoder:
     """The box code of Faster R-CNN (arXiv 1506.01497, eq. 2) with SSD's weights.
 
-    x, y: shift of the centre in units of the anchor's width and height, times 10; w, h: logarithm of the ratio of the
-    sides, times 5. The weights bring the four numbers to about unit variance ("variances" 0.1 and 0.2 of Caffe's SSD).
+    x, y: shift of the centre in units of the anchor's width and height, times 10; w, h: logarithm of box side over anchor
+    side, times 5. The weights bring the four numbers to about unit variance ("variances" 0.1 and 0.2 in Caffe's SSD).
     """
 
     code_size = 4
     centre_weight = 10.0
     size_weight = 5.0
-    # exp(4.1) * the largest anchor leaves every image: a cap there keeps an untrained network's boxes finite.
+    # 62.5 times the anchor's side is larger than any image; the cap keeps the sides of an untrained network's boxes finite.
     max_log_ratio = math.log(1000 / 16)
 
     def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         """xyxy boxes [..., 4] and their anchors [..., 4] -> codes [..., 4] (x, y, w, h).
 
-        A box without area has no logarithm: sides below a thousandth of a pixel count as that.
+        A side of zero has no logarithm: sides shorter than a thousandth of a pixel count as a thousandth.
         """
         centre, sides = xyxy_to_cxcywh(boxes).split(2, -1)
         anchor_centre, anchor_sides = xyxy_to_cxcywh(anchors).split(2, -1)

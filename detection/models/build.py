@@ -1,4 +1,4 @@
-"""From a config to its detector: one entry for each kind."""
+"""From a config to its detector, with one entry for each kind of detector."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,11 +14,12 @@ def build_detector(config: DetectorConfig, num_classes: int) -> Detector:
     """The network of a config.
 
     Args:
-        config: of one of the kinds below.
+        config: of any kind that this file lists.
         num_classes: classes without the background, at least 1.
 
     Raises:
         UserError: a config value makes no sense.
+        TypeError: a config of a kind that this file does not list.
     """
     if isinstance(config, SSDLiteConfig):
         return SSDLite(config, num_classes)
@@ -26,7 +27,7 @@ def build_detector(config: DetectorConfig, num_classes: int) -> Detector:
 
 
 def config_type(plain: Mapping[str, Any]) -> type[DetectorConfig]:
-    """The dataclass of a config that was read from a file; files from before there were kinds hold SSDLite.
+    """The dataclass for a config that was read from a file. Older files name no kind; they hold SSDLite.
 
     Raises:
         UserError: a kind that this version does not know.

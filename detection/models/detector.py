@@ -1,4 +1,4 @@
-"""What every detector is: the contract between a network and whatever trains, evaluates, exports or runs it.
+"""The contract that every detector meets, for whatever trains, evaluates, exports or runs it.
 
 Letters in shapes: B batch, H W height and width of the input, A anchors, C columns of class logits, D numbers of a box code.
 """
@@ -26,7 +26,7 @@ _Config = TypeVar("_Config", bound="DetectorConfig")
 
 
 class DetectorConfig(ABC):
-    """How a detector is built: the base of one typed dataclass for each kind, which ``kind`` tells apart in a file.
+    """How a detector is built. Each kind of detector has one dataclass derived from this; ``kind`` names it in a file.
 
     Attributes:
         kind: of the detector; ``detection.models.build`` has the table.
@@ -35,9 +35,9 @@ class DetectorConfig(ABC):
         resize: how an image comes to the input size.
         score: how class logits become scores.
         background_column: whether column 0 of the class logits is the background.
-        mean, std: normalisation of the input in units of pixel / 255; None as long as no weights have said theirs.
-        fields_of_weights: fields that change what the weights' numbers mean, beside those of the backbone.
-        fields_of_training: fields that only matter in training (initialisation, momenta): always the user's.
+        mean, std: normalisation of the input (R, G, B) in units of pixel / 255; None: not chosen, so the weights decide.
+        fields_of_weights: fields that the weights depend on, besides the backbone's; they come with the weights.
+        fields_of_training: fields that matter in training alone (initialisation, momenta); they are always the user's.
     """
 
     __slots__ = ()
@@ -60,7 +60,7 @@ class DetectorConfig(ABC):
 
     @abstractmethod
     def box_coder(self) -> BoxCoder:
-        """The code that the network's boxes are written in."""
+        """The coder of the network's box codes."""
 
     def replaced(self: _Config, **changes: Any) -> _Config:
         """A copy with some fields changed."""
@@ -68,24 +68,31 @@ class DetectorConfig(ABC):
 
     @property
     def fill(self) -> tuple[int, int, int]:
-        """The colour (R, G, B in 0..255) that the network sees as nothing: the mean."""
+        """The colour (R, G, B in 0..255) that normalisation turns into zero: the mean."""
         red, green, blue = (round(255 * value) for value in self.mean or IMAGENET_MEAN)
         return red, green, blue
 
 
 class Detector(nn.Module, ABC):
-    """A network that says of every anchor which class it shows and where its object lies.
+    """A network that predicts class logits and a box code for every anchor.
 
-    It normalises its input itself and says nothing of thresholds: ``Postprocess`` turns its predictions into detections, a
-    loss of ``detection.training`` into a loss.
+    It normalises its input itself and knows no thresholds: ``Postprocess`` turns its predictions into detections, and a loss
+    of ``detection.training`` compares them with the objects of a batch.
+
+    Args:
+        config: see ``DetectorConfig``; kept as a copy in which ``mean`` and ``std`` are filled in.
+        num_classes: K, classes without the background, at least 1.
+
+    Raises:
+        UserError: a config value or the number of classes makes no sense.
 
     Attributes:
         config: how it is built.
-        num_classes: K, without the background.
-        backbone: gives the feature maps.
-        normalise: from pixels to what the backbone was trained on.
-        anchors: float32 [A, 4], xyxy in pixels of the input. Derived from the config, so no part of the weights: the same
-            weights run at any input size.
+        num_classes: K, classes without the background.
+        backbone: makes the feature maps.
+        normalise: from pixels to the numbers that the backbone was trained on.
+        anchors: float32 [A, 4], xyxy in pixels of the input. Derived from the config and no part of the weights, so that the
+            same weights run at any input size.
     """
 
     config: DetectorConfig
@@ -106,15 +113,18 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised float images [B, 3, H, W], channels-last -> box codes [B, A, D], class logits [B, A, C]."""
+        """Normalised float images [B, 3, H, W], channels-last -> box codes [B, A, D], class logits [B, A, C].
+
+        ``forward`` calls this; whoever uses a detector calls the detector.
+        """
 
     @abstractmethod
     def class_tensors(self) -> frozenset[str]:
-        """Names in ``state_dict`` of the tensors that depend on the classes: new where a training has other classes."""
+        """Names in ``state_dict`` of the tensors that depend on the classes; they stay new if a training has other classes."""
 
     @abstractmethod
     def parts(self) -> Mapping[str, nn.Module]:
-        """The parts in the order of the computation, each layer in one of them."""
+        """The parts by name, in the order of the computation; every layer is in exactly one of them."""
 
     def normalise_with(self, mean: Triple, std: Triple) -> None:
         """Normalise the input as the weights expect it.
@@ -126,7 +136,7 @@ class Detector(nn.Module, ABC):
         self.normalise.set(mean, std)
 
     def forward(self, images: Tensor) -> RawPredictions:
-        """Images at the config's input size -> what every anchor says.
+        """Images at the config's input size -> raw predictions for every anchor.
 
         Args:
             images: [B, 3, H, W], RGB in 0..255, uint8 or floating point.

@@ -30,16 +30,16 @@ class ExtraBlock(nn.Sequential):
 
 
 class Extras(nn.Module):
-    """The maps beyond the backbone's, each half the size of the one before.
+    """The feature maps after the backbone's last, each half the size of the one before.
 
     Args:
         last: the backbone's last map.
-        channels: of each extra map.
-        padding: of the convolutions of stride 2.
-        layer: makes a convolution with its batch norm.
+        channels: channels of each extra map.
+        padding: padding of the convolutions of stride 2.
+        layer: makes a convolution with its batch norm and activation.
 
     Attributes:
-        feature_specs: what the maps are, from the largest.
+        feature_specs: channels and stride of each extra map, from the largest.
     """
 
     def __init__(self, last: FeatureSpec, channels: Sequence[int], padding: PaddingMode, layer: Layer) -> None:
@@ -52,6 +52,7 @@ class Extras(nn.Module):
             self.feature_specs.append(last)
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        """The backbone's last map [B, C, H, W] -> the extra maps, from the largest."""
         maps = []
         for block in self.blocks:
             x = block(x)
@@ -60,7 +61,7 @@ class Extras(nn.Module):
 
 
 class SeparableConv(nn.Sequential):
-    """3x3 depthwise, batch norm, ReLU6, then 1x1 with a bias: what SSDLite predicts with (paper, section 6.2)."""
+    """3x3 depthwise, batch norm, ReLU6, then 1x1 with a bias: SSDLite's prediction layer (MobileNetV2 paper, section 6.2)."""
 
     def __init__(self, in_channels: int, out_channels: int, layer: Layer) -> None:
         super().__init__(
@@ -70,7 +71,7 @@ class SeparableConv(nn.Sequential):
 
     @property
     def output(self) -> nn.Conv2d:
-        """The convolution that gives the numbers."""
+        """The last convolution, which makes the predictions."""
         output = self[-1]
         assert isinstance(output, nn.Conv2d)
         return output
@@ -81,10 +82,10 @@ class SSDLiteHead(nn.Module):
 
     Args:
         specs: the feature maps, from the finest.
-        num_anchors: anchors a cell, a map.
+        num_anchors: anchors per cell, one number per map.
         code_size: D, numbers of a box code.
-        num_columns: C, columns of class logits an anchor.
-        layer: makes a convolution with its batch norm.
+        num_columns: C, columns of class logits.
+        layer: makes a convolution with its batch norm and activation.
     """
 
     def __init__(
@@ -103,11 +104,11 @@ class SSDLiteHead(nn.Module):
         self.classes = nn.ModuleList(SeparableConv(spec.channels, num_columns * n, layer) for spec, n in pairs)
 
     def box_outputs(self) -> list[nn.Conv2d]:
-        """The convolution of each map that gives the box codes."""
+        """The convolution of each map that makes the box codes."""
         return [layer.output for layer in self.box if isinstance(layer, SeparableConv)]
 
     def class_outputs(self) -> list[nn.Conv2d]:
-        """The convolution of each map that gives the class logits."""
+        """The convolution of each map that makes the class logits."""
         return [layer.output for layer in self.classes if isinstance(layer, SeparableConv)]
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""SSDLite: MobileNetV2, extra maps and a separable head over default boxes.
+"""SSDLite: MobileNetV2, extra feature maps and a head of separable convolutions over default boxes.
 
 Letters in shapes: B batch, A anchors, C columns of class logits, D numbers of a box code.
 """
@@ -34,34 +34,36 @@ class SSDLiteConfig(DetectorConfig):
     kind: Literal["ssdlite"] = "ssdlite"
     """Which detector this config describes."""
     backbone: MobileNetV2Config = field(default_factory=MobileNetV2Config)
-    """The network under the head."""
+    """The backbone, which makes the first feature maps."""
     input_size: tuple[int, int] = (320, 320)
     """(height, width) of the network's input in pixels, 96 to 4096 each. Need not be square."""
     resize: ResizeMode = "stretch"
-    """How an image comes to the input size: sides scaled each for itself, or both alike with a border. stretch_tensorflow
-    picks pixels as TensorFlow 1 does, for weights of it: without averaging, and shifted by up to half a pixel."""
+    """How an image is brought to the input size. stretch: each side is scaled on its own. letterbox: both sides are scaled
+    alike and a border fills the rest. stretch_tensorflow: stretch with the pixel sampling of TensorFlow 1, for its weights."""
     features: tuple[str, ...] = ("stride16_expansion", "last")
-    """Names of the backbone's maps that the head sees, from the finest."""
+    """Names of the backbone's feature maps that the head uses, from the finest."""
     extra_channels: tuple[int, ...] = (512, 256, 256, 128)
-    """Channels of the maps beyond the backbone's last, each of half the size."""
+    """Channels of each feature map after the backbone's last. Each map is half the size of the one before."""
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
-    """Scales and ratios of the anchors."""
+    """Sizes, shapes and positions of the anchors."""
     score: Score = "softmax"
-    """How class logits become scores. sigmoid goes with the focal loss."""
+    """How class logits become scores: softmax over all columns, or sigmoid of each column, which the focal loss trains."""
     background_column: bool = True
-    """Whether column 0 of the class logits is the background. softmax needs it."""
+    """Whether the class logits have a column for the background (column 0). softmax needs one."""
     norm_eps: float = 0.001
     """Epsilon of the batch norms in the extra maps and the head."""
     norm_momentum: float = 0.03
-    """Momentum of those batch norms."""
+    """Momentum of those batch norms: the weight of a new batch in the running mean and variance."""
     init_std: float = 0.03
-    """Standard deviation of the new layers' first weights (normal distribution)."""
+    """Standard deviation of the normal distribution from which the first weights of the extra maps and the head are drawn."""
     prior: float = 0.01
-    """sigmoid: the score that an untrained head gives (RetinaNet, arXiv 1708.02002, section 4.1)."""
+    """sigmoid only: probability, above 0 and below 1, that an untrained head gives each class; it gives the background 1 - prior
+    (RetinaNet, arXiv 1708.02002, section 4.1)."""
     mean: Triple | None = None
-    """Mean of the input's channels (R, G, B, of pixel / 255). None: as the weights say, ImageNet's where they say nothing."""
+    """Mean of the input's channels R, G, B, in units of pixel / 255. None: what the weights were trained with, else
+    ImageNet's."""
     std: Triple | None = None
-    """Standard deviation of the input's channels, in the same way."""
+    """Standard deviation of the input's channels R, G, B, in units of pixel / 255. None: as for mean."""
 
     def validate(self) -> None:
         self.backbone.validate()

@@ -1,4 +1,4 @@
-"""Which anchor answers for which object, and how well.
+"""Which anchor is responsible for which object, and how well it fits.
 
 Letters in shapes: B batch, A anchors, M objects of an image (padded).
 """
@@ -17,9 +17,10 @@ from detection.structures import RawPredictions, Target
 @dataclass(kw_only=True, slots=True)
 class MatcherConfig:
     iou_threshold: float = 0.5
-    """An anchor takes the object that it overlaps most, from this overlap on."""
+    """Lowest IoU, above 0 and at most 1, at which an anchor is matched with the object that it overlaps most."""
     forced_rounds: int = 3
-    """Rounds in which every object without an anchor claims the best one that is left. 0: none is forced."""
+    """Rounds in which every object that has claimed no anchor yet claims the free one that it overlaps most, however little. 0:
+    no claims, the threshold alone decides."""
 
     def validate(self) -> None:
         if not 0 < self.iou_threshold <= 1:
@@ -32,7 +33,7 @@ class Assignment(NamedTuple):
     """What the anchors of a batch are to learn.
 
     Attributes:
-        positive: bool [B, A], the anchors that answer for an object.
+        positive: bool [B, A], the anchors that are responsible for an object.
         objects: int64 [B, A], the object of each anchor (its position in 0..M-1); meaningless where not positive.
         quality: float32 [B, A] in 0..1, the score that the anchor should give its object's class; 0 where not positive.
     """

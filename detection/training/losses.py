@@ -1,4 +1,4 @@
-"""What every loss of a detector is: the contract between a loss, its config and the training step.
+"""The contract that every loss of a detector meets: between the loss, its config and the training step.
 
 Letters in shapes: B batch, A anchors, M objects of an image (padded).
 """
@@ -19,7 +19,7 @@ _Config = TypeVar("_Config", bound="LossConfig")
 
 
 class LossConfig(ABC):
-    """What a detector learns from: the base of one typed dataclass for each kind of loss."""
+    """How a loss is computed. Each kind of loss has one dataclass derived from this."""
 
     __slots__ = ()
 
@@ -29,26 +29,26 @@ class LossConfig(ABC):
 
     @abstractmethod
     def check(self, model: DetectorConfig) -> None:
-        """Raises UserError where this loss trains another kind of output than the network gives."""
+        """Raises UserError if this loss does not train the kind of output that the network has."""
 
     @abstractmethod
     def fitted(self: _Config, model: DetectorConfig) -> tuple[_Config, str]:
-        """The config of the loss that trains this network's output, and a sentence on what is changed ("" for nothing)."""
+        """A config that does train this network's output, and a sentence on what was changed ("" if nothing was)."""
 
     @abstractmethod
     def build(self, model: Detector) -> DetectionLoss:
         """The loss for a network.
 
         Raises:
-            UserError: it trains another kind of output than the network gives.
+            UserError: it does not train the kind of output that the network has.
         """
 
 
 class DetectionLoss(nn.Module, ABC):
-    """What the raw predictions of a batch should have been.
+    """Compares the raw predictions for a batch with its objects.
 
-    The whole batch at once: no loop over images, no boolean indexing, nothing that makes the host wait for the device, so
-    that the step compiles into one graph and CUDA never idles.
+    A loss treats the whole batch at once: no loop over images, no boolean indexing, nothing that makes the host wait for the
+    device, so that the step compiles into one graph and the GPU does not idle.
     """
 
     @abstractmethod
@@ -60,12 +60,12 @@ class DetectionLoss(nn.Module, ABC):
             target: objects [B, M, ...] in pixels of the network's input.
 
         Returns:
-            Scalars: ``loss``, to be minimised, its parts, and, for the log, ``positives`` (matched anchors an image).
+            Scalars: ``loss``, to be minimised; its parts; and, for the log, ``positives`` (matched anchors per image).
         """
 
 
 class TrainingStep(nn.Module):
-    """Network and loss as one module: what is compiled, wrapped in DDP and called once a step."""
+    """Network and loss as one module, which is compiled, wrapped in DDP and called once per step."""
 
     def __init__(self, model: Detector, loss: DetectionLoss) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class TrainingStep(nn.Module):
         self.loss = loss
 
     def forward(self, images: Tensor, boxes: Tensor, labels: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """uint8 [B, 3, H, W], and the fields of ``Target`` -> scalar losses, ``loss`` the one to minimise."""
+        """uint8 images [B, 3, H, W] and the fields of ``Target`` -> scalar losses; ``loss`` is the one to minimise."""
         losses: dict[str, Tensor] = self.loss(self.model(images), Target(boxes, labels, valid))
         return losses
 

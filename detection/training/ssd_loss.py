@@ -22,26 +22,26 @@ from detection.training.losses import DetectionLoss, LossConfig, mean_over_proce
 @dataclass(kw_only=True, slots=True)
 class SSDLossConfig(LossConfig):
     classification: Literal["cross_entropy", "focal"] = "cross_entropy"
-    """cross_entropy: softmax over classes and background with hard-negative mining (SSD). focal: sigmoid focal loss of
-    every anchor, no mining (RetinaNet)."""
+    """cross_entropy: softmax over classes and background with hard-negative mining (SSD). focal: sigmoid focal loss on every
+    anchor, without mining (RetinaNet)."""
     matcher: MatcherConfig = field(default_factory=MatcherConfig)
-    """How anchors and objects are matched."""
+    """How anchors are matched with objects."""
     negatives_per_positive: float = 3.0
-    """Hard-negative mining: the worst negatives of an image that count, for each of its positives."""
+    """cross_entropy only: hardest negatives that count in each image, for each of its positives."""
     min_negatives: int = 3
-    """Hard-negative mining: negatives that count at least. An image without objects teaches through these."""
+    """cross_entropy only: hardest negatives that count in each image at least, also in one without objects."""
     box_weight: float = 1.0
-    """Weight of the box loss."""
+    """Factor of the box loss in the total loss."""
     classification_weight: float = 1.0
-    """Weight of the classification loss."""
+    """Factor of the classification loss in the total loss."""
     smooth_l1_beta: float = 1.0
-    """Where the box loss turns from square to linear, in units of the box code."""
+    """Error at which the box loss turns from quadratic to linear, in units of the box code."""
     label_smoothing: float = 0.0
-    """Share of the class target that is spread over all columns (cross_entropy alone)."""
+    """cross_entropy only: fraction of the class target that is spread evenly over all columns, from 0 to below 1."""
     focal_alpha: float = 0.25
-    """Weight of the positives in the focal loss."""
+    """focal only: weight of a column that should be 1; the others have 1 - focal_alpha."""
     focal_gamma: float = 2.0
-    """How strongly the focal loss forgets what is already right."""
+    """focal only: exponent that reduces the loss of what is already predicted well. 0: no reduction."""
 
     def validate(self) -> None:
         self.matcher.validate()
@@ -56,7 +56,7 @@ class SSDLossConfig(LossConfig):
 
     @property
     def trains(self) -> Score:
-        """The kind of score that this loss trains."""
+        """How the scores that this loss trains are computed from logits."""
         return "softmax" if self.classification == "cross_entropy" else "sigmoid"
 
     def check(self, model: DetectorConfig) -> None:
@@ -115,7 +115,7 @@ class SSDLoss(DetectionLoss):
                 boxes = torch.gather(target.boxes, 1, objects[..., None].expand(B, A, 4))
             else:  # no image of the batch has an object
                 labels, boxes = torch.zeros_like(objects), torch.zeros_like(codes)
-            # Anchors without an object get themselves as target: finite numbers that are then masked away.
+            # The target of an anchor without an object is the anchor itself: finite numbers, which are then masked out.
             boxes = torch.where(positive[..., None], boxes, raw.anchors)
             columns = torch.where(positive, labels + self.first_column, 0)
             normaliser = mean_over_processes(positive.sum().float()).clamp(min=1.0)
