@@ -17,6 +17,8 @@ from detection.data.formats.voc import convert_voc
 from detection.data.formats.yolo import convert_yolo
 from detection.images.decode import read_image
 from detection.structures import Sample
+from detection.training.config import DataConfig, DetectionConfig
+from detection.training.task import DetectionTask
 
 SIZES = [(40, 60), (60, 40), (48, 48)]  # (height, width) as shown
 ORIENTATIONS = range(1, 9)
@@ -188,3 +190,15 @@ def test_what_other_tools_keep_under_the_name_is_passed_over(tmp_path: Path, sai
     draw(tmp_path / "a.png", (40, 60), 2)
     assert write_coco(tmp_path / "a.json", (40, 60), BOX, said, {"exif_orientation": said}).exif.tolist() == [0]
     assert write_coco(tmp_path / "a.json", (40, 60), BOX, said, [1]).exif.tolist() == [0]
+
+
+def test_the_settings_of_training_reach_the_images(tmp_path: Path) -> None:
+    stored_size, stored_box = draw(tmp_path / "a.png", (40, 60), 3)
+    index = write_coco(tmp_path / "a.json", stored_size, stored_box)
+    task = object.__new__(DetectionTask)  # of a whole training the data alone
+    task.config = DetectionConfig(data=DataConfig(exif="ignored"))
+    dataset = task._dataset(index, tmp_path, EvalTransform(stored_size))
+    assert is_on(dataset.image(0), stored_box)
+    task.config.data.max_pixels = 2399
+    with pytest.raises(ValueError, match="60x40 pixels"):
+        task._dataset(index, tmp_path, EvalTransform(stored_size)).image(0)

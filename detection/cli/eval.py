@@ -18,7 +18,7 @@ from backbones.errors import UserError
 from detection.cli.outputs import refuse_overwrites
 from detection.data.augment import EvalTransform
 from detection.data.coco import CocoIndex
-from detection.data.dataset import DetectionDataset
+from detection.data.dataset import DetectionDataset, ExifRule
 from detection.data.loader import build_loader
 from detection.engine.runtime import DeviceChoice, choose_device, main_errors
 from detection.evaluation.coco_ap import (
@@ -29,6 +29,7 @@ from detection.evaluation.coco_ap import (
 )
 from detection.evaluation.run import EvaluationTiming, evaluate
 from detection.evaluation.table import read_coco_results, write_json
+from detection.images.decode import MAX_PIXELS
 from detection.inference import runners
 from detection.postprocess import build_postprocess
 from detection.weights.hub import locate
@@ -43,6 +44,11 @@ class EvalConfig:
     """A COCO json. Its classes are matched with the detector's by name; it may have fewer."""
     images: Path | None = None
     """The folder that the file names in it start from. Needed with a checkpoint."""
+    exif: ExifRule = "auto"
+    """Which pixels boxes count where EXIF turns an image without changing its size: of the turned image (applied) or as
+    stored (ignored). auto: what the annotation file says, else applied, with a warning."""
+    max_pixels: int = MAX_PIXELS
+    """Width times height above which an image is not decoded and counts as unreadable."""
     from_predictions: Path | None = None
     """Measure the detections in this COCO result json, whoever wrote it, in place of a checkpoint's."""
     json: Path | None = None
@@ -137,7 +143,7 @@ def _measure_detector(config: EvalConfig) -> tuple[EvaluationResult, EvaluationT
     evaluator = CocoEvaluator(index, config.backend, config.classes or None)
     transform = EvalTransform(info.model.input_size, resize_mode=info.model.resize, fill=info.model.fill)
     loader = build_loader(
-        DetectionDataset(index, config.images, transform),
+        DetectionDataset(index, config.images, transform, exif=config.exif, max_pixels=config.max_pixels),
         batch_size=config.batch_size,
         num_workers=config.workers,
         pin_memory=device.type == "cuda",

@@ -7,8 +7,10 @@ from typing import Any, Literal, cast
 
 from backbones.errors import UserError
 from detection.data.augment import AugmentConfig
+from detection.data.dataset import ExifRule
 from detection.engine.loop import TrainConfig
 from detection.engine.plain import from_plain
+from detection.images.decode import MAX_PIXELS
 from detection.models.build import config_type
 from detection.models.detector import DetectorConfig
 from detection.models.ssdlite import SSDLiteConfig
@@ -33,6 +35,11 @@ class DataConfig:
     """Images to learn from."""
     val: SplitConfig = field(default_factory=SplitConfig)
     """Images to measure AP on."""
+    exif: ExifRule = "auto"
+    """Which pixels boxes count where EXIF turns an image without changing its size: of the turned image (applied) or as
+    stored (ignored). auto: what the annotation file says, else applied, with a warning."""
+    max_pixels: int = MAX_PIXELS
+    """Width times height above which an image is not decoded and counts as unreadable."""
     workers: int = 2
     """Processes that read and augment images. 0: the training process itself."""
     val_batch_size: int = 16

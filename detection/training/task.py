@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ class DetectionTask:
             seed=train.seed,
         )
         return build_loader(
-            DetectionDataset(self.train_index, self._train_images, transform),
+            self._dataset(self.train_index, self._train_images, transform),
             batch_size=train.batch_size_per_process(self.runtime.world_size),
             num_workers=self.config.data.workers,
             seed=train.seed,
@@ -112,11 +113,15 @@ class DetectionTask:
             pin_memory=self.runtime.device.type == "cuda",
         )
 
+    def _dataset(self, index: CocoIndex, images: Path, transform: TrainTransform | EvalTransform) -> DetectionDataset:
+        data = self.config.data
+        return DetectionDataset(index, images, transform, exif=data.exif, max_pixels=data.max_pixels)
+
     def _build_val_loader(self) -> DataLoader[Any]:
         model = self.config.model
         transform = EvalTransform(model.input_size, resize_mode=model.resize, fill=self.model.config.fill)
         return build_loader(
-            DetectionDataset(self.val_index, self._val_images, transform),
+            self._dataset(self.val_index, self._val_images, transform),
             batch_size=self.config.data.val_batch_size,
             num_workers=self.config.data.workers,
             rank=self.runtime.rank,
