@@ -10,6 +10,7 @@ from shared_data import SHARED, needs_shared
 from torch import nn
 
 from backbones.classifier import Classifier, ClassifierConfig
+from backbones.layers import Normalise
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from backbones.weights.native import (
     IMAGENET_MEAN,
@@ -22,7 +23,9 @@ from backbones.weights.native import (
     to_torchvision,
     torchvision_keys,
 )
-from detection.classification.data import EvalTransform, Normalise, TransformConfig, count_correct, read_image
+from detection.classification.accuracy import count_correct
+from detection.classification.config import TransformConfig
+from detection.classification.data import EvalTransform, read_image
 
 SMALL = MobileNetV2Config(width=0.35)
 

@@ -17,7 +17,7 @@ from shared_data import SHARED, needs_shared
 from torch import Tensor, nn
 
 from backbones.classifier import Classifier, ClassifierConfig
-from backbones.layers import ConvNormAct
+from backbones.layers import ConvNormAct, Normalise
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from backbones.weights.layouts import DEEPER_BLOCKS, public_configs
 from backbones.weights.native import (
@@ -33,7 +33,9 @@ from backbones.weights.native import (
     to_torchvision,
 )
 from backbones.weights.tflite import read_tflite, unfold_norms
-from detection.classification.data import EvalTransform, Normalise, TransformConfig, count_correct, read_image
+from detection.classification.accuracy import count_correct
+from detection.classification.config import TransformConfig
+from detection.classification.data import EvalTransform, read_image
 from detection.cli.convert_weights import main
 from detection.weights.recognition import convert, unpack
 

@@ -22,13 +22,8 @@ from numpy.typing import NDArray
 from backbones.classifier import Classifier
 from backbones.errors import UserError
 from backbones.weights.native import to_timm, to_torchvision
-from detection.classification.data import (
-    IMAGE_SUFFIXES,
-    EvalTransform,
-    TransformConfig,
-    UnreadableImageError,
-    read_image,
-)
+from detection.classification.config import TransformConfig
+from detection.classification.data import IMAGE_SUFFIXES, EvalTransform, UnreadableImageError, read_image
 from detection.engine.runtime import main_errors
 from detection.weights.hub import fetch, published
 from detection.weights.recognition import Converted, convert
