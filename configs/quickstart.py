@@ -2,8 +2,7 @@
 
 from backbones.classifier import ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config
-from detection.classification.data import TransformConfig
-from detection.classification.task import ClassificationConfig, ClassificationDataConfig
+from detection.classification.config import ClassificationConfig, ClassificationDataConfig, TransformConfig
 from detection.data.augment import AugmentConfig
 from detection.engine.ema import EmaConfig
 from detection.engine.loop import TrainConfig

@@ -10,14 +10,17 @@ from shared_data import SHARED, needs_shared
 from torch import nn
 
 from backbones.classifier import Classifier, ClassifierConfig
-from backbones.layers import IMAGENET_MEAN, IMAGENET_STD
+from backbones.layers import IMAGENET_MEAN, IMAGENET_STD, Normalise
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from backbones.weights.foreign import to_torchvision
 from backbones.weights.info import WeightsInfo
 from backbones.weights.layouts import torchvision_keys
 from backbones.weights.native import load_backbone, load_classifier, save_weights
 from backbones.weights.readers import read_metadata
-from detection.classification.data import EvalTransform, Normalise, TransformConfig, count_correct, read_image
+from detection.classification.accuracy import count_correct
+from detection.classification.config import TransformConfig
+from detection.classification.data import EvalTransform
+from detection.images.decode import read_image
 
 SMALL = MobileNetV2Config(width=0.35)
 

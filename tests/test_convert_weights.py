@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.errors import UserError
-from backbones.layers import ConvNormAct
+from backbones.layers import ConvNormAct, Normalise
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from backbones.weights.foreign import to_timm, to_torchvision
 from backbones.weights.info import WeightsInfo
@@ -33,10 +33,13 @@ from backbones.weights.native import (
 )
 from backbones.weights.readers import WeightsFile, read_metadata
 from backbones.weights.tflite import read_tflite, unfold_norms
-from detection.classification.data import EvalTransform, Normalise, TransformConfig, count_correct, read_image
+from detection.classification.accuracy import count_correct
+from detection.classification.config import TransformConfig
+from detection.classification.data import EvalTransform
 from detection.cli.convert_weights import main
 from detection.engine.checkpoint import save_checkpoint
 from detection.engine.plain import to_plain
+from detection.images.decode import read_image
 from detection.models.build import build_detector
 from detection.models.ssdlite import SSDLiteConfig
 from detection.postprocess import PostprocessConfig

@@ -10,24 +10,22 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from backbones.classifier import Classifier, ClassifierConfig
+from backbones.layers import Normalise
 from backbones.mobilenetv2 import MobileNetV2Config
+from detection.classification.accuracy import Accuracy, count_correct, measure_accuracy
+from detection.classification.config import TransformConfig
 from detection.classification.data import (
-    Accuracy,
     ClassificationBatch,
     ClassificationDataset,
-    ClassificationStep,
     ClassifiedImage,
     EvalTransform,
-    Normalise,
     TrainTransform,
-    TransformConfig,
     UnreadableImageError,
     collate,
-    count_correct,
-    measure_accuracy,
     read_image,
     read_image_folder,
 )
+from detection.classification.step import ClassificationStep
 
 CPU = torch.device("cpu")
 

@@ -1,16 +1,23 @@
 """Device, seeds, and how a tool ends."""
 
+import copy
+import os
 import random
+import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from backbones.errors import UserError
+from detection.cli import train, train_cls
+from detection.engine.loop import TrainConfig
 from detection.engine.runtime import Runtime, choose_device, main_errors, open_runtime, seed_everything
 
 
@@ -36,30 +43,135 @@ def test_num_threads() -> None:
         torch.set_num_threads(before)
 
 
-def test_auto_takes_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device("auto") == torch.device("cpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+@pytest.mark.parametrize(
+    ("choice", "on_two_gpus", "on_none"),
+    [
+        ("auto", "cuda:0", "cpu"),
+        (None, "cuda:0", "cpu"),
+        ("cpu", "cpu", "cpu"),
+        ("CPU", "cpu", "cpu"),
+        (torch.device("cpu"), "cpu", "cpu"),
+        (torch.device("cpu", 0), "cpu", "cpu"),
+        ("cuda", "cuda:0", None),
+        (torch.device("cuda"), "cuda:0", None),
+        ("cuda:1", "cuda:1", None),
+        (torch.device("cuda", 1), "cuda:1", None),
+        (1, "cuda:1", None),
+        ("cuda:2", None, None),
+        ("mps", None, None),
+        ("meta", None, None),
+        ("xpu", None, None),
+        (torch.device("meta"), None, None),
+        ("cuda:x", None, None),
+        ("gpu", None, None),
+        ("", None, None),
+        ("0", None, None),
+        (-1, None, None),
+        (True, None, None),
+        (1.0, None, None),
+        (["cpu"], None, None),
+    ],
+)
+def test_devices(choice: Any, on_two_gpus: str | None, on_none: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for count, expected in ((2, on_two_gpus), (0, on_none)):
+        with_gpus(monkeypatch, count)
+        if expected is not None:
+            assert choose_device(choice) == torch.device(expected)
+        else:
+            with pytest.raises(UserError, match=r"device (is|'cuda|'mps)"):
+                choose_device(choice)
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 2)
     assert choose_device("auto", local_rank=1) == torch.device("cuda", 1)
-    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("cuda", local_rank=1) == torch.device("cuda", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for choice in ("cuda:0", torch.device("cuda", 1), 1):
+        with pytest.raises(UserError, match=r"is for one process, and torchrun started 2"), open_runtime(choice):
+            pass
+
+
+def test_apples_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("mps") == torch.device("mps")
+
+
+def test_unknown_devices_are_refused_with_the_rest_of_the_config() -> None:
+    TrainConfig(device="cuda:7").validate()  # whether it is there is another machine's matter
+    with pytest.raises(UserError, match=r"device is 'gpu'; it can be 'auto', 'cpu', 'cuda', 'cuda:N' .* or 'mps'"):
+        TrainConfig(device="gpu").validate()
 
 
 def test_cuda_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(
-        ValueError, match=r"'cuda' was asked for, but torch \S+ finds no usable CUDA GPU.*use 'auto' or 'cpu'"
+        UserError, match=r"'cuda' was asked for, but torch \S+ finds no usable CUDA GPU.*use 'auto' or 'cpu'"
     ):
         choose_device("cuda")
 
 
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with_gpus(monkeypatch, 2)
     with pytest.raises(
-        ValueError, match=r"process 2 .* has no GPU of its own: there are 2; .*--nproc-per-node 2 or fewer"
+        UserError, match=r"process 2 .* has no GPU of its own: there are 2; .*--nproc-per-node 2 or fewer"
     ):
         choose_device("cuda", local_rank=2)
+
+
+@pytest.mark.parametrize("world_size", [3, 5, 7])
+def test_running_statistics_alone_are_averaged(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes one after the other, their tensors added up by hand."""
+
+    class Network(nn.Module):
+        def __init__(self, rank: int) -> None:
+            super().__init__()
+            self.register_buffer("anchors", torch.rand(100, 4, generator=torch.Generator().manual_seed(0)))
+            self.trained, self.frozen = nn.BatchNorm2d(50), nn.BatchNorm2d(50)
+            self.bare = nn.BatchNorm2d(50, track_running_stats=False)
+            for norm, seed in ((self.trained, rank + 1), (self.frozen, 0)):
+                generator = torch.Generator().manual_seed(seed)
+                norm.running_mean.copy_(torch.rand(50, generator=generator))
+                norm.running_var.copy_(torch.rand(50, generator=generator))
+
+    networks = [Network(rank) for rank in range(world_size)]
+    expected = torch.stack([network.trained.running_mean.double() for network in networks]).mean(0).float()
+    before = copy.deepcopy(networks[0])
+    sums: list[Tensor] = []  # of what each collective of the round before was given
+
+    for network_of in (copy.deepcopy, lambda network: network):  # the first round adds up, the second gets the sums
+        given: list[Tensor] = []
+        for rank, network in enumerate(networks):
+            calls = iter(range(1000))
+
+            def all_reduce(
+                tensor: Tensor, calls: Iterator[int] = calls, given: list[Tensor] = given, sums: list[Tensor] = sums
+            ) -> None:
+                call = next(calls)
+                if call == len(given):
+                    given.append(torch.zeros_like(tensor))
+                given[call] += tensor
+                if sums:
+                    tensor.copy_(sums[call])
+
+            monkeypatch.setattr(dist, "all_reduce", all_reduce)
+            runtime = Runtime(device=torch.device("cpu"), rank=rank, world_size=world_size)
+            runtime.average_buffers(network_of(network))
+        sums = given
+    for network in networks:
+        torch.testing.assert_close(network.trained.running_mean, expected)
+        assert torch.equal(network.trained.running_var, networks[0].trained.running_var)
+        assert torch.equal(network.anchors, before.anchors)
+        assert torch.equal(network.frozen.running_mean, before.frozen.running_mean), (
+            "equal everywhere: not one bit changes"
+        )
+        assert torch.equal(network.frozen.running_var, before.frozen.running_var)
 
 
 def draw() -> tuple[float, float, float]:
@@ -112,7 +224,62 @@ def test_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         ends_with(KeyboardInterrupt())
     assert ended.value.code == 130
-    assert "--train.resume" in capsys.readouterr().err
+    assert capsys.readouterr().err == "stopped\n", "not every tool is a training"
+
+
+def test_ctrl_c_of_a_training(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    for tool in (train, train_cls):
+        monkeypatch.setattr(tool, "load_config", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            tool.main([])
+        assert ended.value.code == 130
+        assert "--train.resume" in capsys.readouterr().err
+
+
+_TWO_PROCESSES = """
+import sys
+from backbones.errors import UserError
+import torch.distributed as dist
+from detection.engine.runtime import main_errors, open_runtime
+
+destroy = dist.destroy_process_group
+def slow_end():
+    print("the group ends", file=sys.stderr, flush=True)
+    destroy()
+dist.destroy_process_group = slow_end
+
+@main_errors
+def main(argv=None):
+    with open_runtime("cpu", num_threads=1) as runtime:
+        if runtime.rank == 1:
+            raise UserError("no such image")
+
+main([])
+"""
+
+
+def test_error_of_one_process_is_told_before_the_group_ends() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _TWO_PROCESSES],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 2]
+    assert "error" not in told[0]
+    lines = told[1].splitlines()
+    assert lines == ["[1] error: no such image", "the group ends"], "once, and first"
 
 
 @pytest.mark.parametrize("error", [TypeError("ours"), KeyError("ours"), RuntimeError("ours")])

@@ -1,6 +1,9 @@
+import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +15,12 @@ from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from backbones.weights.info import WeightsInfo
 from backbones.weights.native import load_backbone, load_classifier, save_weights
 from backbones.weights.readers import read_metadata
+from detection.classification.config import ClassificationConfig
+from detection.classification.task import ClassificationTask
 from detection.cli.train_cls import main
 from detection.data.drawn import draw_classification_set
 from detection.engine.checkpoint import load_checkpoint
+from detection.engine.runtime import Runtime
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = f"{ROOT}/configs/finetune.py:classifier"
@@ -83,9 +89,6 @@ def run_and_fail(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_other_class_count_is_said(
     folders: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from detection.classification.task import ClassificationConfig, ClassificationTask
-    from detection.engine.runtime import Runtime
-
     save_weights(
         tmp_path / "a.safetensors",
         Classifier(ClassifierConfig(backbone=MobileNetV2Config(width=0.35)), 11),
@@ -98,6 +101,66 @@ def test_other_class_count_is_said(
         task = ClassificationTask(config, Runtime(device=torch.device("cpu")))
     num_classes = len(task.class_names)
     assert f"a.safetensors has 11 classes: the linear layer for {num_classes} classes is new" in caplog.text
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Two nested checkpoints are the same to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+@pytest.mark.slow
+def test_same_seed_same_weights(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With and without data workers, and stopped and resumed: not one bit differs. Dropout is on, and draws."""
+
+    def state(name: str, *more: str) -> dict[str, Any]:
+        torch.manual_seed(len(name))  # whatever the process did before
+        main(arguments(folders, tmp_path / name, "--train.num-threads", "1", *more))
+        last = load_checkpoint(tmp_path / name / "last.pt")
+        return {key: last[key] for key in ("weights", "metrics", "training")}
+
+    workers = ["--model.dropout", "0.5", "--data.workers", "2"]
+    once = state("once", *workers)
+    assert equal(state("no workers", "--model.dropout", "0.5", "--data.workers", "0"), once)
+
+    evaluate, calls = ClassificationTask.evaluate, []
+
+    def evaluate_once(task: ClassificationTask, model: torch.nn.Module) -> dict[str, float]:
+        calls.append(model)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(task, model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassificationTask, "evaluate", evaluate_once)
+        with pytest.raises(SystemExit):
+            state("stopped", *workers)
+    assert load_checkpoint(tmp_path / "stopped" / "last.pt")["epoch"] == 1
+    assert equal(state("stopped", *workers, "--train.resume", "True"), once)
+
+
+def test_the_config_that_was_given_stays_as_it_is(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    narrow = ClassifierConfig(backbone=MobileNetV2Config(width=0.35, padding="tf_same"))
+    save_weights(tmp_path / "a.safetensors", Classifier(narrow, 11), WeightsInfo())
+    config = ClassificationConfig(weights=str(tmp_path / "a.safetensors"))
+    config.data.train, config.data.val, config.data.workers = *folders, 0
+    before = copy.deepcopy(config)
+    task = ClassificationTask(config, Runtime(device=torch.device("cpu")))
+    assert config == before
+    assert task.config.model.backbone.width == 0.35
+    assert task.checkpoint_extra()["classifier"]["model"]["backbone"]["padding"] == "tf_same"
+    assert task.config == replace(before, model=replace(before.model, backbone=narrow.backbone))
+
+    run_dir = tmp_path / "run"
+    main(arguments(folders, run_dir, "--weights", config.weights or "", "--train.epochs", "1"))
+    assert json.loads((run_dir / "config.json").read_text())["model"]["backbone"]["padding"] == "tf_same", "recorded"
 
 
 def test_mistakes_end_in_one_clear_line(

@@ -1,74 +1,30 @@
-"""What classification needs beyond a network: folders of images, transforms, the training step, top-k accuracy.
+"""Folders of images, and how they become batches.
 
-The training loop is not here: it is the same for every task, and this file gives it its pieces.
-
-Letters in shapes: B batch, H W height and width, K classes.
+Letters in shapes: B batch, H W height and width.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from backbones.classifier import Classifier
 from backbones.errors import UserError
-from backbones.layers import Normalise
+from detection.classification.config import TransformConfig
+from detection.data.loader import EpochSampler
+from detection.engine.runtime import Runtime
+from detection.engine.workers import BatchLoader
 from detection.images.decode import IMAGE_SUFFIXES, UnreadableImageError, read_image
 
 _NUM_SUBSTITUTES = 20  # unreadable images in a row before a training sample gives up
 _NUM_NAMED = 8  # classes or files named in a message
-
-
-@dataclass(kw_only=True, slots=True)
-class TransformConfig:
-    """How images become inputs of the network."""
-
-    size: int = 224
-    """Side of the square training input in pixels. Less than eval_size is quicker and often better: random crops show
-    objects larger than evaluation does (Touvron et al. 2019, arXiv 1906.06423)."""
-    eval_size: int = 224
-    """Side of the square input in evaluation."""
-    min_scale: float = 0.08
-    """A training crop takes this share of the image's area at least (Szegedy et al. 2015, arXiv 1409.4842, section 6)."""
-    max_aspect: float = 4 / 3
-    """Width over height of a training crop lies between this and its inverse."""
-    flip: float = 0.5
-    """Probability that a training image is mirrored left to right."""
-    color_jitter: float = 0.0
-    """Brightness, contrast and saturation change by factors of up to 1 +- this."""
-    trivial_augment: bool = False
-    """One random operation of random strength on each training image (Mueller, Hutter 2021, arXiv 2103.10158)."""
-    random_erasing: float = 0.0
-    """Probability that a rectangle of a training image is blanked (Zhong et al. 2017, arXiv 1708.04896)."""
-    eval_resize: Literal["center_crop", "squash"] = "center_crop"
-    """center_crop: a square from the middle of the image. squash: the whole image, its sides scaled apart."""
-    eval_crop_share: float = 0.875
-    """With center_crop, side of the square over the shorter side of the image (224 of 256 is the custom)."""
-
-    def validate(self) -> None:
-        """Raise UserError, with the value and what is allowed, where a value makes no sense."""
-        for name in ("size", "eval_size"):
-            if getattr(self, name) < 32:
-                raise UserError(f"transform.{name} is {getattr(self, name)}; at least 32 pixels are needed")
-        for name in ("min_scale", "eval_crop_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise UserError(f"transform.{name} is {getattr(self, name)}; it is above 0 and at most 1")
-        for name in ("flip", "random_erasing", "color_jitter"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"transform.{name} is {getattr(self, name)}; it can be 0 to 1")
-        if self.max_aspect < 1:
-            raise UserError(f"transform.max_aspect is {self.max_aspect}; at least 1 is needed")
-        if self.eval_resize not in ("center_crop", "squash"):
-            raise UserError(f"transform.eval_resize is {self.eval_resize!r}; it can be 'center_crop' or 'squash'")
 
 
 @dataclass(slots=True, frozen=True)
@@ -284,82 +240,30 @@ def collate(samples: Sequence[ClassifiedImage]) -> ClassificationBatch:
     )
 
 
-class ClassificationStep(nn.Module):
-    """Images and labels to the loss: cross entropy with smoothed labels (Szegedy et al. 2016, arXiv 1512.00567, section 7).
+def build_loader(
+    dataset: ClassificationDataset, *, batch_size: int, num_workers: int, seed: int, runtime: Runtime
+) -> BatchLoader[ClassificationBatch]:
+    """This process's batches: shuffled and without an incomplete last one for training, each image once for evaluation.
 
     Args:
-        model: the classifier.
-        normalise: what is done to the images first.
-        label_smoothing: share of the target that is spread evenly over all classes.
+        dataset: says by its transform whether this is training.
+        batch_size: images per batch and process.
+        num_workers: processes that decode and augment; 0 does it in this one.
+        seed: of the order of images.
+        runtime: this process.
     """
-
-    def __init__(self, model: Classifier, normalise: Normalise, label_smoothing: float = 0.0) -> None:
-        super().__init__()
-        self.model = model
-        self.normalise = normalise
-        self.label_smoothing = label_smoothing
-
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Uint8 [B, 3, H, W] and int64 [B] -> {"loss": float32 []}."""
-        logits = self.model(self.normalise(images))
-        return {"loss": F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)}
-
-
-def count_correct(logits: Tensor, labels: Tensor, top: Sequence[int] = (1, 5)) -> Tensor:
-    """How many images have their label among the k highest logits.
-
-    Args:
-        logits: float [B, K]. Not-a-numbers rank above the label.
-        labels: int64 [B].
-        top: the values of k; a k above K counts every image.
-
-    Returns:
-        int64 [len(top)].
-    """
-    of_label = logits.gather(1, labels[:, None])
-    # Ties count against the label: a network that says the same of every class knows nothing.
-    rank = (~(logits < of_label)).sum(1)
-    return torch.stack([(rank <= k).sum() for k in top])
-
-
-@dataclass(slots=True, kw_only=True)
-class Accuracy:
-    """Counts of an evaluation, or of the part of it that one process did.
-
-    Attributes:
-        counts: int64 [3] on the device: right at the first place, right among the first five, all.
-        skipped: "path: reason" of every image that could not be read; they are in no count.
-    """
-
-    counts: Tensor
-    skipped: list[str]
-
-    def scalars(self) -> dict[str, float]:
-        """The shares top1 and top5.
-
-        Raises:
-            UserError: not one image could be read.
-        """
-        top1, top5, total = self.counts.tolist()
-        if total == 0:
-            raise UserError(f"no image of the evaluation can be read: {_some(self.skipped)}")
-        return {"top1": top1 / total, "top5": top5 / total}
-
-
-@torch.inference_mode()
-def measure_accuracy(model: nn.Module, loader: Iterable[Any], normalise: Normalise, device: torch.device) -> Accuracy:
-    """Run a classifier, put in evaluation mode before, over the batches of a loader."""
-    counts = torch.zeros(3, dtype=torch.int64, device=device)
-    skipped: list[str] = []
-    for batch in loader:
-        skipped += batch.skipped
-        if len(batch) == 0:
-            continue
-        moved = batch.to(device, non_blocking=True)
-        logits = model(normalise(moved.images))
-        counts[:2] += count_correct(logits, moved.labels)
-        counts[2] += len(batch)
-    return Accuracy(counts=counts, skipped=skipped)
+    return BatchLoader(
+        dataset,
+        sampler=EpochSampler(
+            len(dataset), training=dataset.training, seed=seed, rank=runtime.rank, world_size=runtime.world_size
+        ),
+        collate=collate,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        drop_last=dataset.training,
+        pin_memory=runtime.device.type == "cuda",
+        seed=seed,
+    )
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
-"""What is trained when a classifier is trained: its composed config, and data, network and loss as one task for the engine."""
+"""What is trained when a classifier is trained: data, network, loss and accuracy as one task for the engine."""
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,26 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from backbones.classifier import Classifier, ClassifierConfig
+from backbones.classifier import Classifier
 from backbones.errors import UserError
+from backbones.layers import Normalise
 from backbones.state import load_state
 from backbones.weights.info import WeightsInfo
 from backbones.weights.native import adopt_config, check_statistics, load_classifier, save_weights
+from detection.classification.accuracy import measure_accuracy
+from detection.classification.config import ClassificationConfig
 from detection.classification.data import (
     ClassificationBatch,
     ClassificationDataset,
-    ClassificationStep,
     EvalTransform,
-    Normalise,
     TrainTransform,
-    TransformConfig,
-    collate,
-    measure_accuracy,
+    build_loader,
     read_image_folder,
 )
-from detection.data.loader import EpochSampler
+from detection.classification.step import ClassificationStep
 from detection.engine.checkpoint import load_checkpoint
-from detection.engine.loop import TrainConfig
 from detection.engine.plain import differences
-from detection.engine.runtime import Runtime
+from detection.engine.runtime import Runtime, seed_everything
 from detection.images.draw import image_grid
 from detection.weights.hub import locate
 from detection.weights.native import DetectorFile, read_file
@@ -42,63 +40,6 @@ from detection.weights.native import DetectorFile, read_file
 _log = logging.getLogger(__name__)
 
 _NUM_IMAGES = 8  # drawn for TensorBoard
-
-
-@dataclass(kw_only=True, slots=True)
-class ClassificationDataConfig:
-    train: Path | None = None
-    """A folder of images to learn from, with a folder for each class."""
-    val: Path | None = None
-    """A folder of images to measure accuracy on, with the same classes."""
-    workers: int = 2
-    """Processes that read and augment images. 0: the training process itself."""
-    val_batch_size: int = 32
-    """Images of a batch in evaluation, per process. It changes speed and memory, not accuracy."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ClassificationConfig:
-    run_dir: Path = Path("runs/classifier")
-    """Folder for everything that the training writes."""
-    weights: str | None = None
-    """Where to start: a backbone or classifier file (ours, torchvision's, timm's), or a published name
-    (tools/convert_weights.py --list). The network is then built as these weights need it."""
-    backbone_lr_scale: float = 1.0
-    """Factor of the learning rate in the backbone, where it is trained already."""
-    label_smoothing: float = 0.0
-    """Share of the target that is spread evenly over all classes."""
-    licence: str = ""
-    """What may be done with the weights; written into their file."""
-    model: ClassifierConfig = field(default_factory=ClassifierConfig)
-    """The network."""
-    data: ClassificationDataConfig = field(default_factory=ClassificationDataConfig)
-    """Which images."""
-    transform: TransformConfig = field(default_factory=TransformConfig)
-    """How they are changed."""
-    train: TrainConfig = field(default_factory=TrainConfig)
-    """How long, how fast, on what."""
-
-    def validate(self) -> None:
-        """Raises UserError for values that make no sense, alone or together. Called once, after all overrides."""
-        for part in (self.model, self.transform, self.train):
-            part.validate()
-        if self.data.workers < 0 or self.data.val_batch_size < 1:
-            raise UserError(
-                f"data.workers must be at least 0 and data.val_batch_size at least 1, got {self.data.workers} and "
-                f"{self.data.val_batch_size}"
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"label_smoothing is {self.label_smoothing}; it can be 0 up to, but not including, 1")
-        frozen = self.model.backbone.frozen_stages
-        if frozen and self.weights is None:
-            raise UserError(
-                f"model.backbone.frozen_stages is {frozen} and there are no weights to start from: random layers would "
-                "stay random; give --weights, or --model.backbone.frozen-stages 0"
-            )
-        if self.backbone_lr_scale <= 0:
-            raise UserError(
-                f"backbone_lr_scale must be positive, got {self.backbone_lr_scale}; model.backbone.frozen-stages freezes"
-            )
 
 
 class ClassificationTask:
@@ -109,6 +50,7 @@ class ClassificationTask:
         runtime: this process.
 
     Attributes:
+        config: the same, with the network's as the weights need it; the one that was given stays as it is.
         model: the network.
         step: network and loss, what the engine calls.
         metric: the figure that decides which weights are the best.
@@ -131,51 +73,44 @@ class ClassificationTask:
         train_folder = read_image_folder(config.data.train)
         self.class_names = train_folder.class_names
         val_folder = read_image_folder(config.data.val, self.class_names)
-        self._weights_info = WeightsInfo()
-        if config.weights is None:
-            self.model = Classifier(config.model, len(self.class_names))
-        else:
-            found = read_file(locate(config.weights))
-            source = found.backbone() if isinstance(found, DetectorFile) else found
-            asked, (config.model.backbone, _) = config.model.backbone, adopt_config(config.model.backbone, source)
-            changes = differences(asked, config.model.backbone)
-            if changes:
-                _log.info("the network is built as %s needs it: backbone %s", source.source, ", ".join(changes))
-            self.model = Classifier(config.model, len(self.class_names))
-            self._weights_info, remark = load_classifier(self.model, source, self.class_names)
-            check_statistics(self.model.backbone, source.source)
-            _log.info("%s", remark or f"classifier from {config.weights}")
+        seed_everything(config.train.seed)  # the first weights of new layers
+        self.model, self._weights_info = self._build_model(config.weights)
         self.normalise = Normalise(self._weights_info.mean, self._weights_info.std)
         self.step = ClassificationStep(self.model, self.normalise, config.label_smoothing)
         self.num_train = len(train_folder)
         self.lr_scales: Mapping[str, float] = {"backbone.": config.backbone_lr_scale}
-        self._train_loader = self._build_loader(
+        self._train_loader = build_loader(
             ClassificationDataset(train_folder, TrainTransform(config.transform, config.train.seed)),
-            config.train.batch_size_per_process(runtime.world_size),
+            batch_size=config.train.batch_size_per_process(runtime.world_size),
+            num_workers=config.data.workers,
+            seed=config.train.seed,
+            runtime=runtime,
         )
-        self._val_loader = self._build_loader(
-            ClassificationDataset(val_folder, EvalTransform(config.transform)), config.data.val_batch_size
+        self._val_loader = build_loader(
+            ClassificationDataset(val_folder, EvalTransform(config.transform)),
+            batch_size=config.data.val_batch_size,
+            num_workers=config.data.workers,
+            seed=config.train.seed,
+            runtime=runtime,
         )
 
-    def _build_loader(self, dataset: ClassificationDataset, batch_size: int) -> DataLoader[Any]:
-        runtime, workers = self.runtime, self.config.data.workers
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=EpochSampler(
-                len(dataset),
-                training=dataset.training,
-                seed=self.config.train.seed,
-                rank=runtime.rank,
-                world_size=runtime.world_size,
-            ),
-            num_workers=workers,
-            collate_fn=collate,
-            drop_last=dataset.training,
-            pin_memory=runtime.device.type == "cuda",
-            persistent_workers=workers > 0,
-            worker_init_fn=_init_worker,
-        )
+    def _build_model(self, weights: str | None) -> tuple[Classifier, WeightsInfo]:
+        """The network, built as the weights to start from need it and filled with them, and what travels with these."""
+        asked = self.config.model
+        if weights is None:
+            return Classifier(asked, len(self.class_names)), WeightsInfo()
+        found = read_file(locate(weights))
+        source = found.backbone() if isinstance(found, DetectorFile) else found
+        backbone, _ = adopt_config(asked.backbone, source)
+        changes = differences(asked.backbone, backbone)
+        if changes:
+            _log.info("the network is built as %s needs it: backbone %s", source.source, ", ".join(changes))
+        self.config = replace(self.config, model=replace(asked, backbone=backbone))
+        model = Classifier(self.config.model, len(self.class_names))
+        info, remark = load_classifier(model, source, self.class_names)
+        check_statistics(model.backbone, source.source)
+        _log.info("%s", remark or f"classifier from {weights}")
+        return model, info
 
     def train_loader(self) -> DataLoader[Any]:
         return self._train_loader
@@ -249,8 +184,3 @@ class ClassificationTask:
         load_state(best, content["weights"], str(best_path))
         save_weights(path, best, self.weights_info())
         return {"epoch": content["epoch"], **content["metrics"]}
-
-
-def _init_worker(worker: int) -> None:
-    cv2.setNumThreads(0)  # the processes share the work; threads inside them would only compete
-    torch.set_num_threads(1)

@@ -24,15 +24,11 @@ from backbones.classifier import Classifier
 from backbones.errors import UserError
 from backbones.state import write_whole
 from backbones.weights.foreign import to_timm, to_torchvision
-from detection.classification.data import (
-    IMAGE_SUFFIXES,
-    EvalTransform,
-    TransformConfig,
-    UnreadableImageError,
-    read_image,
-)
+from detection.classification.config import TransformConfig
+from detection.classification.data import EvalTransform
 from detection.cli.outputs import refuse_overwrites
 from detection.engine.runtime import main_errors
+from detection.images.decode import IMAGE_SUFFIXES, UnreadableImageError, read_image
 from detection.weights.hub import fetch, published
 from detection.weights.recognition import Converted, convert
 

@@ -20,7 +20,7 @@ from detection.data.augment import EvalTransform
 from detection.data.coco import CocoIndex
 from detection.data.dataset import DetectionDataset, ExifRule
 from detection.data.loader import build_loader
-from detection.engine.runtime import DeviceChoice, choose_device, main_errors
+from detection.engine.runtime import choose_device, main_errors
 from detection.evaluation.coco_ap import (
     Backend,
     CocoEvaluator,
@@ -66,8 +66,8 @@ class EvalConfig:
     """Images per batch."""
     workers: int = 2
     """Processes that read images. 0: this process itself."""
-    device: DeviceChoice = "auto"
-    """Where the network runs. auto: a CUDA GPU where there is one."""
+    device: str = "auto"
+    """Where the network runs: auto (a CUDA GPU where there is one, else the CPU), cpu, cuda, cuda:N or mps."""
     amp: Literal["off", "bf16", "fp16"] = "off"
     """Number format of the network's convolutions. off: float32."""
     input_size: tuple[int, int] | None = None

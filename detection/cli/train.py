@@ -12,19 +12,18 @@ from backbones.errors import UserError
 from detection.cli.recipes import load_config
 from detection.engine.loop import TrainResult, train
 from detection.engine.plain import to_plain
-from detection.engine.runtime import main_errors, open_runtime, seed_everything
+from detection.engine.runtime import TRAINING_STOPPED, main_errors, open_runtime
 from detection.training.config import DetectionConfig
 from detection.training.task import DetectionTask
 
 
-@main_errors
+@main_errors(stopped=TRAINING_STOPPED)
 def main(argv: Sequence[str] | None = None) -> TrainResult:
     config = load_config(sys.argv[1:] if argv is None else argv, __doc__ or "")
     if not isinstance(config, DetectionConfig):
         raise UserError(f"this recipe gives a {type(config).__name__}; tools/train_det.py needs a DetectionConfig")
     config.validate()
     with open_runtime(config.train.device, config.train.num_threads) as runtime:
-        seed_everything(config.train.seed)  # the first weights of new layers
         task = DetectionTask(config, runtime)
         result = train(task, config.train, config.run_dir, runtime, to_plain(config))
     if runtime.is_main:

@@ -9,14 +9,15 @@ import sys
 from collections.abc import Sequence
 
 from backbones.errors import UserError
-from detection.classification.task import ClassificationConfig, ClassificationTask
+from detection.classification.config import ClassificationConfig
+from detection.classification.task import ClassificationTask
 from detection.cli.recipes import load_config
 from detection.engine.loop import TrainResult, train
 from detection.engine.plain import to_plain
-from detection.engine.runtime import main_errors, open_runtime
+from detection.engine.runtime import TRAINING_STOPPED, main_errors, open_runtime
 
 
-@main_errors
+@main_errors(stopped=TRAINING_STOPPED)
 def main(argv: Sequence[str] | None = None) -> TrainResult:
     config = load_config(sys.argv[1:] if argv is None else argv, __doc__ or "")
     if not isinstance(config, ClassificationConfig):
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     config.validate()
     with open_runtime(config.train.device, config.train.num_threads) as runtime:
         task = ClassificationTask(config, runtime)
-        result = train(task, config.train, config.run_dir, runtime, to_plain(config))
+        result = train(task, config.train, config.run_dir, runtime, to_plain(task.config))
         if runtime.is_main:
             weights_path = config.run_dir / "backbone.safetensors"
             last = result.metrics

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from backbones.errors import UserError
 from detection.cli.outputs import refuse_overwrites
 from detection.cli.stopping import Terminated, let_go_of_terminal, terminated_as_interrupted
-from detection.engine.runtime import DeviceChoice, main_errors
+from detection.engine.runtime import main_errors
 from detection.images.draw import draw_detections, draw_frame_rate
 from detection.inference.predictor import load_detector
 from detection.inference.video import Frame, FrameReader, VideoWriter
@@ -49,8 +49,8 @@ class DemoConfig:
     """Detections below this score are left out."""
     show: bool = False
     """Show the video in a window while it is made."""
-    device: DeviceChoice = "auto"
-    """Where the network computes; "auto" takes a CUDA GPU where there is one."""
+    device: str = "auto"
+    """Where the network runs: auto (a CUDA GPU where there is one, else the CPU), cpu, cuda, cuda:N or mps."""
     max_frames: int | None = None
     """End after this many frames."""
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import cv2
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from backbones.errors import UserError
 from detection.data.dataset import DetectionDataset, SkippedSample
+from detection.engine.workers import BatchLoader
 from detection.structures import Batch, Sample
 
 _PAD_MULTIPLE = 8  # objects per image are padded to a multiple, so that a compiled step sees few different shapes
@@ -97,7 +97,7 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
-) -> DataLoader[Sample | SkippedSample]:
+) -> BatchLoader[Batch]:
     """Batches of a dataset: shuffled and without a last incomplete one for training, each image once for evaluation.
 
     Call ``loader.sampler.set_epoch(epoch)`` before each epoch of a training.
@@ -119,18 +119,13 @@ def build_loader(
             f"batch size {batch_size} is larger than the {len(sampler)} images per process of {dataset.index.path}; "
             "an incomplete batch is not trained on (batch norm fails on a single image), so the epoch would be empty"
         )
-    return DataLoader(
+    return BatchLoader(
         dataset,
-        batch_size=batch_size,
         sampler=sampler,
+        collate=collate,
+        batch_size=batch_size,
         num_workers=num_workers,
-        collate_fn=collate,
         drop_last=dataset.training,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        worker_init_fn=_init_worker,
+        seed=seed,
     )
-
-
-def _init_worker(worker: int) -> None:
-    cv2.setNumThreads(0)  # the processes share the work; threads inside them would only compete

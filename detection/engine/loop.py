@@ -21,7 +21,7 @@ from detection.engine.checkpoint import load_checkpoint, save_checkpoint
 from detection.engine.ema import EmaConfig, ExponentialAverage
 from detection.engine.log import Meter, Reading, RunLog, with_wait
 from detection.engine.optim import OptimConfig, build_optimizer, build_schedule, parameter_groups
-from detection.engine.runtime import DeviceChoice, Runtime, seed_everything
+from detection.engine.runtime import Runtime, check_device, seed_everything
 
 _log = logging.getLogger(__name__)
 
@@ -135,8 +135,8 @@ class TrainConfig:
     """The run stops when more than this share of the training images cannot be read."""
     num_threads: int | None = None
     """Threads of torch's operators; None leaves torch's own choice."""
-    device: DeviceChoice = "auto"
-    """Where to train; auto takes a CUDA GPU where there is one."""
+    device: str = "auto"
+    """Where to train: auto (a CUDA GPU where there is one, else the CPU), cpu, cuda, cuda:N or mps."""
     resume: bool = False
     """Go on with the run in the run folder, exactly where its last whole epoch ended."""
 
@@ -149,6 +149,7 @@ class TrainConfig:
             raise UserError(f"train.num_threads must be at least 1 or None, not {self.num_threads}")
         if not 0 <= self.max_skipped_share <= 1:
             raise UserError(f"train.max_skipped_share must be in 0 <= x <= 1, not {self.max_skipped_share}")
+        check_device(self.device)
         self.optim.validate()
         self.ema.validate()
 

@@ -3,6 +3,7 @@
 Several processes are started by ``torchrun``; this file reads what torchrun leaves in the environment.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -13,16 +14,23 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast, overload
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones.errors import UserError
+from detection.engine.workers import clear_failures
 
-DeviceChoice = Literal["auto", "cpu", "cuda"]
+DeviceChoice: TypeAlias = str | int | torch.device | None
+"""What ``choose_device`` takes."""
+
+TRAINING_STOPPED = (
+    "stopped; the training goes on from its last whole epoch with the same command and --train.resume True"
+)
 
 _Main = TypeVar("_Main", bound=Callable[..., Any])
 
@@ -63,12 +71,26 @@ class Runtime:
         return set().union(*gathered)
 
     def average_buffers(self, module: nn.Module) -> None:
-        """Gives every process the mean of the floating-point buffers (running statistics of batch norms), in place."""
-        if self.world_size > 1:
-            for buffer in module.buffers():
-                if buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= self.world_size
+        """Gives every process the mean of the running statistics of batch norms, in place; other buffers stay.
+
+        Every process has to call it.
+        What is equal on all processes (a frozen norm) stays as it is to the bit, whatever their number.
+        """
+        if self.world_size == 1:
+            return
+        own = [
+            statistic
+            for norm in module.modules()
+            if isinstance(norm, _BatchNorm)
+            for statistic in (norm.running_mean, norm.running_var)
+            if statistic is not None
+        ]
+        if not own:
+            return
+        # In float64 the mean of N equal float32 numbers is that number; in float32 it need not be (N = 3, 5, 6, 7).
+        mean = self.sum_over_processes(torch.cat([statistic.double() for statistic in own])) / self.world_size
+        for statistic, new in zip(own, mean.split([len(statistic) for statistic in own]), strict=True):
+            statistic.copy_(new)
 
 
 @contextmanager
@@ -78,17 +100,27 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
     Process 0 logs from INFO on, the others warnings only. On a GPU matrix products may use TF32, and cuDNN picks the
     quickest convolution for the input sizes it meets: training has a fixed input size.
 
+    N processes that share a batch do not train exactly as one process does: each normalises by the statistics of its own
+    part of the batch (the loss and the gradient are those of the whole one). ``SyncBatchNorm`` makes them equal, on GPUs.
+
+    A ``UserError`` or the like that ends one of several processes is printed here, because leaving the others can take long.
+
     Args:
-        device: "auto" takes a CUDA device where there is one.
+        device: see ``choose_device``; with several processes a GPU has no number, each process takes the one of its own.
         num_threads: threads of torch's operators in this process; None leaves torch's own choice.
 
     Raises:
-        UserError: CUDA was asked for where there is none, or there are more processes on this machine than GPUs.
+        UserError: see ``choose_device``; a device that several processes cannot share; a data worker that was killed.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     chosen = choose_device(device, local_rank)
+    if world_size > 1 and (chosen.type not in ("cpu", "cuda") or _has_number(device)):
+        raise UserError(
+            f"device {str(device)!r} is for one process, and torchrun started {world_size}; use 'auto', 'cpu' or 'cuda': "
+            "each process then takes the GPU of its own number"
+        )
 
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
@@ -113,7 +145,12 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
         else:
             dist.init_process_group("gloo")
     try:
-        yield Runtime(device=chosen, rank=rank, local_rank=local_rank, world_size=world_size)
+        with clear_failures():
+            yield Runtime(device=chosen, rank=rank, local_rank=local_rank, world_size=world_size)
+    except _EXPECTED as error:
+        if world_size > 1:
+            _tell(error, f"[{rank}] ")
+        raise
     finally:
         if world_size > 1:
             dist.destroy_process_group()
@@ -135,27 +172,75 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, -1)  # never
 
 
-def choose_device(choice: DeviceChoice, local_rank: int = 0) -> torch.device:
+def choose_device(choice: DeviceChoice = "auto", local_rank: int = 0) -> torch.device:
     """The device that ``choice`` means in process ``local_rank`` of this machine.
 
+    Args:
+        choice: "auto" or None: a CUDA GPU where there is one, else the CPU. "cpu", "cuda" (GPU number ``local_rank``),
+            "cuda:1" or 1 (that GPU), "mps", or any of these as a ``torch.device``.
+
     Raises:
-        UserError: see ``open_runtime``.
+        UserError: the device is not here or is none of these; there are more processes on this machine than GPUs.
     """
-    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+    wanted = _parse_device(choice)
+    if wanted is None:
+        wanted = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.type == "cpu":
         return torch.device("cpu")
+    if wanted.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError(f"device 'mps' was asked for, but torch {torch.__version__} finds no Apple GPU here")
+        return torch.device("mps")
     if not torch.cuda.is_available():
         built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
         raise UserError(
-            f"device 'cuda' was asked for, but torch {torch.__version__} finds no usable CUDA GPU here "
+            f"device '{wanted}' was asked for, but torch {torch.__version__} finds no usable CUDA GPU here "
             f"(this torch {built}); use 'auto' or 'cpu', or install a driver and a CUDA build of torch"
         )
     num_gpus = torch.cuda.device_count()
+    if _has_number(wanted):
+        if wanted.index >= num_gpus:
+            raise UserError(f"device '{wanted}' was asked for, but the GPUs here are cuda:0 to cuda:{num_gpus - 1}")
+        return wanted
     if local_rank >= num_gpus:
         raise UserError(
             f"process {local_rank} of this machine has no GPU of its own: there are {num_gpus}; "
             f"start torchrun with --nproc-per-node {num_gpus} or fewer"
         )
     return torch.device("cuda", local_rank)
+
+
+def check_device(choice: DeviceChoice) -> None:
+    """For configs: refuses what names no device that ``choose_device`` knows. Whether it is here is seen when it is used.
+
+    Raises:
+        UserError: it names none.
+    """
+    _parse_device(choice)
+
+
+def _parse_device(choice: DeviceChoice) -> torch.device | None:
+    """None is for "auto"."""
+    if choice is None or (isinstance(choice, str) and choice.strip().lower() == "auto"):
+        return None
+    device: torch.device | None = None
+    if isinstance(choice, torch.device):
+        device = choice
+    elif isinstance(choice, int) and not isinstance(choice, bool) and choice >= 0:
+        device = torch.device("cuda", choice)
+    elif isinstance(choice, str):
+        with contextlib.suppress(RuntimeError):  # torch's message lists two dozen kinds of devices
+            device = torch.device(choice.strip().lower())
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(
+            f"device is {choice!r}; it can be 'auto', 'cpu', 'cuda', 'cuda:N' (the GPU of that number) or 'mps'"
+        )
+    return device
+
+
+def _has_number(choice: DeviceChoice) -> bool:
+    device = _parse_device(choice)
+    return device is not None and device.type == "cuda" and ":" in str(device)
 
 
 def seed_everything(seed: int, *, epoch: int = 0, rank: int = 0) -> None:
@@ -170,28 +255,47 @@ def seed_everything(seed: int, *, epoch: int = 0, rank: int = 0) -> None:
     random.seed(numpy_seed)
 
 
-def main_errors(main: _Main) -> _Main:
+_EXPECTED = (UserError, OSError, FloatingPointError)
+
+
+@overload
+def main_errors(main: _Main) -> _Main: ...
+@overload
+def main_errors(*, stopped: str) -> Callable[[_Main], _Main]: ...
+def main_errors(main: _Main | None = None, *, stopped: str = "stopped") -> _Main | Callable[[_Main], _Main]:
     """Decorates a tool's ``main(argv)``: a user's mistake ends in one clear line, a mistake of ours in a traceback.
 
     ``UserError``, ``OSError`` and ``FloatingPointError`` (a training that diverged) become "error: ..." on stderr and
-    exit code 2 (argparse's and tyro's code for wrong usage), Ctrl-C becomes a hint and exit code 130 (the shell's code
-    for it). With LITEDET_TRACEBACK=1 in the environment nothing is turned, for whoever looks for the place in the code.
+    exit code 2 (argparse's and tyro's code for wrong usage), Ctrl-C becomes ``stopped`` and exit code 130 (the shell's
+    code for it). With LITEDET_TRACEBACK=1 in the environment nothing is turned, for whoever looks for the place in the
+    code.
+
+    Args:
+        main: the tool; without it the result is the decorator.
+        stopped: what is printed after Ctrl-C.
     """
+    if main is None:
+        return functools.partial(main_errors, stopped=stopped)
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> Any:
         if os.environ.get("LITEDET_TRACEBACK") == "1":
             return main(argv)
         try:
-            return main(argv)
-        except (UserError, OSError, FloatingPointError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            with clear_failures():
+                return main(argv)
+        except _EXPECTED as error:
+            _tell(error)
             raise SystemExit(2) from error
         except KeyboardInterrupt as error:
-            print(
-                "stopped; a training goes on from its last whole epoch with the same command and --train.resume True",
-                file=sys.stderr,
-            )
+            print(stopped, file=sys.stderr)
             raise SystemExit(130) from error
 
     return cast(_Main, run)
+
+
+def _tell(error: Exception, prefix: str = "") -> None:
+    """Prints an error for the user, once, whoever of this file sees it first."""
+    if not getattr(error, "_told", False):
+        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+        error._told = True  # type: ignore[attr-defined]

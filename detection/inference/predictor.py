@@ -105,7 +105,7 @@ def load_detector(
     Args:
         path: a training's ``best.pt``, a detector's ``.safetensors``, or a published name, which is downloaded once:
             ``load_detector("ssdlite_mobilenet_v2_coco")``.
-        device: "auto" takes a CUDA GPU where there is one; see ``choose_device``.
+        device: "auto", "cpu", "cuda", "cuda:1", "mps" or a ``torch.device``; see ``choose_device``.
         score_threshold: detections below it are dropped.
         nms_threshold: None takes the one in the file.
         input_size: (height, width) of the network's input, or one number for both; None takes the one it was trained at.

@@ -17,7 +17,7 @@ from detection.data.coco import CocoIndex
 from detection.data.dataset import DetectionDataset
 from detection.data.loader import build_loader
 from detection.data.summary import describe
-from detection.engine.runtime import Runtime
+from detection.engine.runtime import Runtime, seed_everything
 from detection.evaluation.coco_ap import CocoEvaluator
 from detection.evaluation.run import evaluate
 from detection.images.draw import draw_detections, draw_target, image_grid
@@ -68,6 +68,7 @@ class DetectionTask:
         names = self.train_index.class_names
         self.val_index = CocoIndex.read(val_file).with_categories(self.train_index.category_ids, names)
         _log.info("%s", describe(self.train_index, config.model.input_size))
+        seed_everything(config.train.seed)  # the first weights of new layers
         self.model = self._build_model()
         self.step = TrainingStep(self.model, self.config.loss.build(self.model))
         self.num_train = len(self.train_index)
