@@ -19,9 +19,15 @@ _Config = TypeVar("_Config", bound="LossConfig")
 
 
 class LossConfig(ABC):
-    """What a detector learns from: the base of one typed dataclass for each kind of loss."""
+    """What a detector learns from: the base of one typed dataclass for each kind of loss.
+
+    Attributes:
+        kind: of the loss, which tells the dataclasses apart in a file; ``detection.training.config`` has the table.
+    """
 
     __slots__ = ()
+
+    kind: str
 
     @abstractmethod
     def validate(self) -> None:
