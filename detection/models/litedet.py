@@ -18,10 +18,17 @@ from backbones.layers import ConvNormAct
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from detection.models.anchors import stride_squares
 from detection.models.box_coders import DistributionBoxCoder
-from detection.models.detector import Detector, DetectorConfig, Triple
+from detection.models.detector import MAX_SIDE, Detector, DetectorConfig, Triple
 from detection.models.heads import names_of_parameters, per_anchor
 from detection.models.necks import DepthwiseSeparable, Layer, LightPAN
 from detection.structures import ResizeMode
+
+_MAX_MAPS = 16
+# Field, least and most: a config may come from a file that nobody checked.
+_LIMITS = (
+    ("neck_width", 1, 4096), ("neck_depth", 1, 16), ("head_depth", 0, 16), ("kernel_size", 1, 31), ("bins", 2, 256),
+    ("first_bin", -1, 0),
+)  # fmt: skip
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,7 +44,7 @@ class LiteDetConfig(DetectorConfig):
     backbone: MobileNetV2Config = field(default_factory=MobileNetV2Config)
     """The network under the neck. Its parts after the last of the features are left out."""
     input_size: tuple[int, int] = (320, 320)
-    """(height, width) of the network's input in pixels, at least 96 each. Need not be square."""
+    """(height, width) of the network's input in pixels, 96 to 4096 each. Need not be square."""
     resize: ResizeMode = "stretch"
     """How an image comes to the input size: sides scaled each for itself, or both alike with a border."""
     features: tuple[str, ...] = ("stage3", "stage5", "stage7")
@@ -72,25 +79,25 @@ class LiteDetConfig(DetectorConfig):
     """Standard deviation of the input's channels, in the same way."""
 
     def validate(self) -> None:
-        if len(self.input_size) != 2 or min(self.input_size) < 96:
-            raise UserError(f"model.input_size is (height, width), each at least 96 pixels; got {self.input_size}")
-        if len(self.features) < 1:
-            raise UserError("model.features names no map of the backbone")
-        if min(self.neck_width, self.neck_depth) < 1 or self.head_depth < 0:
+        self.backbone.validate()
+        if len(self.input_size) != 2 or min(self.input_size) < 96 or max(self.input_size) > MAX_SIDE:
             raise UserError(
-                f"model.neck_width and model.neck_depth must be at least 1 and model.head_depth at least 0, got "
-                f"{self.neck_width}, {self.neck_depth} and {self.head_depth}"
+                f"model.input_size is (height, width), each 96 to {MAX_SIDE} pixels; got {tuple(self.input_size)}"
             )
-        if self.bins < 2:
-            raise UserError(f"model.bins must be at least 2, got {self.bins}")
-        if not -1 <= self.first_bin <= 0:
-            raise UserError(f"model.first_bin must be in -1..0, got {self.first_bin}")
+        if not 1 <= len(self.features) <= _MAX_MAPS:
+            raise UserError(f"model.features names 1 to {_MAX_MAPS} maps of the backbone, got {len(self.features)}")
+        for name, least, most in _LIMITS:
+            if not least <= getattr(self, name) <= most:
+                raise UserError(f"model.{name} must be in {least}..{most}, got {getattr(self, name)}")
         if self.score != "sigmoid" or self.background_column:
             raise UserError("LiteDet has sigmoid scores and no background column; leave model.score as it is")
-        if not 0 < self.prior < 1:
-            raise UserError(f"model.prior must be in (0, 1), got {self.prior}")
-        if self.std is not None and min(self.std) <= 0:
+        if self.std is not None and not min(self.std) > 0:
             raise UserError(f"model.std must be positive, got {self.std}")
+        if not 0 < self.prior < 1 or not self.norm_eps > 0 or not 0 < self.norm_momentum <= 1:
+            raise UserError(
+                f"model.prior is between 0 and 1, model.norm_eps above 0, model.norm_momentum above 0 and at most 1; got "
+                f"{self.prior}, {self.norm_eps}, {self.norm_momentum}"
+            )
 
     def box_coder(self) -> DistributionBoxCoder:
         return DistributionBoxCoder(self.bins, self.first_bin)
