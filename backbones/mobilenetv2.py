@@ -154,15 +154,26 @@ class MobileNetV2(Backbone):
     * ``stride16_depthwise``: the depthwise output, after ReLU6, inside the block before.
 
     Parts after the last requested feature are built, so that the weights stay complete, but they do not run and take no
-    gradient. Frozen parts (``config.frozen_stages``) take none either, and keep their statistics under ``train()``.
+    gradient; with ``complete=False`` they are not there at all. Frozen parts (``config.frozen_stages``) take no gradient
+    either, and keep their statistics under ``train()``.
 
     Initialisation: He et al. 2015 (arXiv 1502.01852) on fan-out for convolutions, scale 1 and shift 0 for batch norms.
+
+    Args:
+        config: see ``MobileNetV2Config``.
+        out_features: the features that ``forward`` gives.
+        complete: keep the parts after the last of them.
+
+    Attributes:
+        left_out: names of the parts that are not there; whoever loads weights leaves their tensors aside.
 
     Raises:
         UserError: for a feature that is not there, or a config that makes no sense.
     """
 
-    def __init__(self, config: MobileNetV2Config, out_features: Sequence[str] = ("last",)) -> None:
+    def __init__(
+        self, config: MobileNetV2Config, out_features: Sequence[str] = ("last",), *, complete: bool = True
+    ) -> None:
         super().__init__()
         config.validate()
         self.config = config
@@ -210,6 +221,16 @@ class MobileNetV2(Backbone):
         part_names = [name for name, _ in self.named_children()]
         home = {name: name for name in part_names} | {name: part for (part, _), name in inner_features.items()}
         self._last_part = max((home[name] for name in out_features), key=part_names.index)
+        self.left_out: tuple[str, ...] = ()
+        if not complete:
+            num_kept = part_names.index(self._last_part) + 1
+            self.left_out = tuple(part_names[num_kept:])
+            for name in self.left_out:
+                delattr(self, name)
+            self.feature_specs = {
+                name: spec for name, spec in self.feature_specs.items() if home.get(name, name) not in self.left_out
+            }
+            part_names = part_names[:num_kept]
 
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -223,6 +244,11 @@ class MobileNetV2(Backbone):
         for part in parts[: config.frozen_stages] + parts[part_names.index(self._last_part) + 1 :]:
             part.requires_grad_(False)
         self.train()
+
+    def without_left_out(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A complete backbone's state dict without the tensors of the parts that are left out here."""
+        prefixes = tuple(f"{name}." for name in self.left_out)
+        return {key: tensor for key, tensor in state.items() if not key.startswith(prefixes)}
 
     def train(self, mode: bool = True) -> "MobileNetV2":
         """Training or evaluation mode; frozen batch norms stay in evaluation mode."""

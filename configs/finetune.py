@@ -8,14 +8,21 @@ from detection.engine.ema import EmaConfig
 from detection.engine.loop import TrainConfig
 from detection.engine.optim import OptimConfig
 from detection.models.anchors import AnchorConfig
+from detection.models.litedet import LiteDetConfig
 from detection.models.ssdlite import SSDLiteConfig
 from detection.training.config import DetectionConfig
+from detection.training.litedet_loss import LiteDetLossConfig
 
 
 def detector() -> DetectionConfig:
-    """Fine-tune a detector on your own images, from an ImageNet backbone or another detector.
+    """The detector to begin with: ``ssdlite``."""
+    return ssdlite()
 
-        python tools/train_det.py configs/finetune.py:detector --data.train.annotations FILE --data.train.images DIR \
+
+def ssdlite() -> DetectionConfig:
+    """Fine-tune SSDLite on your own images, from an ImageNet backbone or another detector.
+
+        python tools/train_det.py configs/finetune.py:ssdlite --data.train.annotations FILE --data.train.images DIR \
             --data.val.annotations FILE --data.val.images DIR --weights FILE --run-dir RUN
 
     Made for some hundred to some ten thousand images on a CPU or one GPU. What differs from the paper's network and
@@ -40,6 +47,21 @@ def detector() -> DetectionConfig:
             ema=EmaConfig(),
         ),
     )
+
+
+def litedet() -> DetectionConfig:
+    """Fine-tune LiteDet on your own images, from an ImageNet backbone or another LiteDet.
+
+        python tools/train_det.py configs/finetune.py:litedet --data.train.annotations FILE --data.train.images DIR \
+            --data.val.annotations FILE --data.val.images DIR --weights FILE --run-dir RUN
+
+    Made for some hundred to some ten thousand images on a CPU or one GPU, as ``ssdlite``, and trained in the same way. The
+    network has a map at stride 8 and no anchor sizes to choose, for objects from a few pixels to the whole image.
+    """
+    config = ssdlite()
+    config.model = LiteDetConfig(backbone=MobileNetV2Config(frozen_stages=3))
+    config.loss = LiteDetLossConfig()
+    return config
 
 
 def classifier() -> ClassificationConfig:

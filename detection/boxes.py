@@ -46,3 +46,22 @@ def paired_iou(first: Tensor, second: Tensor) -> Tensor:
     intersection = width.mul_(height)
     union = box_area(first).unsqueeze(-1) + box_area(second).unsqueeze(-2) - intersection
     return intersection / union.clamp_(min=1e-9)
+
+
+def giou(first: Tensor, second: Tensor) -> Tensor:
+    """Generalised intersection over union (arXiv 1902.09630, algorithm 1) of boxes one to one.
+
+    ``torchvision.ops.generalized_box_iou_loss`` picks overlapping boxes by a mask, for which the host waits.
+
+    Args:
+        first, second: xyxy [..., 4], not crossed.
+
+    Returns:
+        [...] in -1..1.
+    """
+    x1, y1, x2, y2 = first.unbind(-1)
+    u1, v1, u2, v2 = second.unbind(-1)
+    intersection = (x2.minimum(u2) - x1.maximum(u1)).clamp(min=0) * (y2.minimum(v2) - y1.maximum(v1)).clamp(min=0)
+    union = box_area(first) + box_area(second) - intersection
+    hull = (x2.maximum(u2) - x1.minimum(u1)) * (y2.maximum(v2) - y1.minimum(v1))
+    return intersection / union.clamp(min=1e-7) - (hull - union) / hull.clamp(min=1e-7)

@@ -5,7 +5,7 @@ import torch
 
 from backbones.features import FeatureSpec
 from detection.boxes import xyxy_to_cxcywh
-from detection.models.anchors import AnchorConfig, AnchorGenerator
+from detection.models.anchors import AnchorConfig, AnchorGenerator, stride_squares
 
 SPECS = [
     FeatureSpec(576, 16),
@@ -82,3 +82,12 @@ def test_own_scales_without_the_reduced_map() -> None:
 def test_choices_that_make_no_sense(config: AnchorConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AnchorGenerator(config, SPECS)
+
+
+def test_squares_of_the_strides_lie_in_the_order_of_the_maps() -> None:
+    squares = stride_squares((8, 16), (17, 24))
+    assert len(squares) == 3 * 3 + 2 * 2  # rounded up
+    assert squares[0].tolist() == [0, 0, 8, 8]
+    assert squares[1].tolist() == [8, 0, 16, 8]  # the next column
+    assert squares[3].tolist() == [0, 8, 8, 16]  # the next row
+    assert squares[9].tolist() == [0, 0, 16, 16]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from detection.boxes import cxcywh_to_xyxy
-from detection.models.box_coders import SSDBoxCoder
+from detection.models.box_coders import DistributionBoxCoder, SSDBoxCoder
 
 
 def test_no_boxes() -> None:
@@ -43,3 +43,57 @@ def test_a_box_without_area_and_a_wild_prediction_stay_finite() -> None:
     wild = SSDBoxCoder().decode(torch.full((1, 4), 1e4), anchor)
     assert wild.isfinite().all()
     assert (wild[0, 2] - wild[0, 0]).item() == pytest.approx(10 * 1000 / 16, rel=1e-4)
+
+
+def test_a_distribution_by_hand() -> None:
+    # Anchor 8 x 8 around (20, 20). Box from 20 - 2.5 * 8 = 0 and 20 - 8 = 12 to 20 + 0 and 20 + 6.9 * 8 = 75.2.
+    coder = DistributionBoxCoder(8)
+    anchor, box = torch.tensor([[16.0, 16, 24, 24]]), torch.tensor([[0.0, 12, 20, 75.2]])
+    weights = coder.bin_weights(box, anchor)[0]
+    assert weights[0].tolist() == pytest.approx([0, 0, 0.5, 0.5, 0, 0, 0, 0])
+    assert weights[1].tolist() == pytest.approx([0, 1, 0, 0, 0, 0, 0, 0])
+    assert weights[2].tolist() == pytest.approx([1, 0, 0, 0, 0, 0, 0, 0])
+    assert weights[3].tolist() == pytest.approx([0, 0, 0, 0, 0, 0, 0.1, 0.9], abs=1e-5)
+    code = coder.encode(box, anchor)
+    assert code.shape == (1, coder.code_size) == (1, 32)
+    torch.testing.assert_close(coder.decode(code, anchor), box)
+    # Logits of no preference: the mean of the bins, 3.5 strides on every side.
+    assert coder.decode(torch.zeros(1, 32), anchor).tolist() == [[-8, -8, 48, 48]]
+    assert DistributionBoxCoder(8, first=-0.5).decode(torch.zeros(1, 32), anchor).tolist() == [[-4, -4, 44, 44]]
+
+
+def test_a_point_beside_a_small_object_can_describe_it() -> None:
+    anchor, box = (
+        torch.tensor([[16.0, 16, 24, 24]]),
+        torch.tensor([[21.0, 22, 24, 25]]),
+    )  # the centre (20, 20) is outside
+    beside = DistributionBoxCoder(8, first=-0.5)
+    torch.testing.assert_close(beside.decode(beside.encode(box, anchor), anchor), box)
+    only_inside = DistributionBoxCoder(8)
+    expected = torch.tensor([[20.0, 20, 24, 25]])  # as near as it comes
+    torch.testing.assert_close(only_inside.decode(only_inside.encode(box, anchor), anchor), expected)
+
+
+def test_distributions_of_a_batch_there_and_back() -> None:
+    torch.manual_seed(0)
+    anchors = cxcywh_to_xyxy(torch.cat((torch.rand(50, 2) * 100 + 20, torch.full((50, 2), 16.0)), -1))
+    boxes = cxcywh_to_xyxy(torch.rand(3, 50, 4) * torch.tensor([30.0, 30, 60, 60]) + 60)
+    near = (boxes - 0.5 * (anchors[:, :2] + anchors[:, 2:]).repeat(1, 2)).abs().amax(-1) < 6 * 16
+    coder = DistributionBoxCoder(8, first=-1)
+    decoded = coder.decode(coder.encode(boxes, anchors), anchors)
+    inside = near & (decoded[..., :2] < decoded[..., 2:]).all(-1)
+    centres = 0.5 * (anchors[:, :2] + anchors[:, 2:])
+    inside &= ((centres >= boxes[..., :2] - 16) & (centres <= boxes[..., 2:] + 16)).all(-1)
+    assert inside.sum() > 20
+    torch.testing.assert_close(decoded[inside], boxes[inside], rtol=1e-4, atol=1e-3)
+
+
+def test_wild_distributions_stay_finite_and_uncrossed() -> None:
+    coder = DistributionBoxCoder(8, first=-0.5)
+    anchors = torch.tensor([[0.0, 0, 8, 8]]).expand(100, 4)
+    torch.manual_seed(0)
+    decoded = coder.decode(torch.randn(100, 32) * 1e4, anchors)
+    assert decoded.isfinite().all()
+    assert (decoded[:, :2] <= decoded[:, 2:]).all()
+    assert coder.decode(torch.zeros(2, 0, 32), torch.zeros(0, 4)).shape == (2, 0, 4)
+    assert coder.encode(torch.tensor([[5.0, 5, 5, 5]]), anchors[:1]).isfinite().all()

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, generalized_box_iou_loss
 
-from detection.boxes import box_area, cxcywh_to_xyxy, paired_iou, xyxy_to_cxcywh
+from detection.boxes import box_area, cxcywh_to_xyxy, giou, paired_iou, xyxy_to_cxcywh
 
 
 def test_no_boxes() -> None:
@@ -45,3 +45,14 @@ def test_iou_of_a_batch_equals_torchvision_image_by_image() -> None:
     expected = torch.stack([box_iou(a, b) for a, b in zip(first, second, strict=True)])
     torch.testing.assert_close(paired_iou(first, second), expected)
     torch.testing.assert_close(paired_iou(first, second[0])[2], box_iou(first[2], second[0]))
+
+
+def test_giou_is_torchvisions() -> None:
+    torch.manual_seed(0)
+    first, second = (cxcywh_to_xyxy(torch.rand(3, 40, 4) * 20 + 1) for _ in range(2))
+    expected = 1 - generalized_box_iou_loss(first, second)
+    torch.testing.assert_close(giou(first, second), expected)
+    empty = torch.zeros(1, 4, requires_grad=True)
+    giou(empty, torch.zeros(1, 4)).sum().backward()
+    assert empty.grad is not None
+    assert empty.grad.isfinite().all()

@@ -281,6 +281,29 @@ def test_parts_behind_the_last_feature_do_not_run() -> None:
         assert (parameter.grad is not None) == runs == parameter.requires_grad, name
 
 
+def test_parts_behind_the_last_feature_can_be_left_out() -> None:
+    whole = MobileNetV2(MobileNetV2Config(frozen_stages=9), ("stage3", "stage7"))
+    shorter = MobileNetV2(MobileNetV2Config(frozen_stages=9), ("stage3", "stage7"), complete=False)
+    assert shorter.left_out == ("last",)
+    assert set(shorter.feature_specs) == set(whole.feature_specs) - {"last"}
+    assert not any(parameter.requires_grad for parameter in shorter.parameters())
+    state = shorter.without_left_out(whole.state_dict())
+    assert state.keys() == shorter.state_dict().keys() == whole.state_dict().keys() - whole_last(whole)
+    shorter.load_state_dict(state)
+    images = torch.rand(1, 3, 64, 64)
+    for name, expected in whole.eval()(images).items():
+        assert torch.equal(shorter.eval()(images)[name], expected)
+    inner = MobileNetV2(
+        MobileNetV2Config(), ("stride16_expansion",), complete=False
+    )  # inside the first block of stage6
+    assert inner.left_out == ("stage7", "last")
+    assert list(inner.feature_specs)[-1] == "stage6"
+
+
+def whole_last(backbone: MobileNetV2) -> set[str]:
+    return {key for key in backbone.state_dict() if key.startswith("last.")}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -23,7 +23,8 @@ from backbones.weights.readers import WeightsFile, is_download, read_weights
 
 
 def load_backbone(backbone: MobileNetV2, source: str | Path | WeightsFile) -> WeightsInfo:
-    """Fill a backbone with weights; the linear layer of a classifier in the file is left aside.
+    """Fill a backbone with weights; the linear layer of a classifier in the file is left aside, and so are the parts that
+    the backbone was built without (``MobileNetV2.left_out``).
 
     Args:
         backbone: filled completely, or not touched where an error is raised.
@@ -42,6 +43,7 @@ def load_backbone(backbone: MobileNetV2, source: str | Path | WeightsFile) -> We
         for key, tensor in file.tensors(backbone.config).items()
         if not key.startswith("linear.")
     }
+    state = backbone.without_left_out(state)
     load_state(backbone, state, file.source, _hint(backbone, state, backbone.config))
     return file.info
 
@@ -187,7 +189,8 @@ def _hint(model: nn.Module, state: Mapping[str, Tensor], config: MobileNetV2Conf
     given = {key.removeprefix("backbone."): tensor for key, tensor in state.items()}
     for width in PUBLIC_WIDTHS:
         with torch.device("meta"):
-            own = MobileNetV2(replace(config, width=width)).state_dict()
+            whole = MobileNetV2(replace(config, width=width)).state_dict()
+        own = model.without_left_out(whole) if isinstance(model, MobileNetV2) else whole
         if all(key in given and given[key].shape == tensor.shape for key, tensor in own.items()):
             return f"; these are the shapes of width={width}, the config has width={config.width}"
     return ""

@@ -126,3 +126,21 @@ class AnchorGenerator:
 
 def _shape(scale: float, ratio: float) -> tuple[float, float]:
     return scale * math.sqrt(ratio), scale / math.sqrt(ratio)
+
+
+def stride_squares(strides: Sequence[int], input_size: Size) -> Tensor:
+    """Anchor points of all maps: a square for each cell, with the stride as its side and the cell's centre as its own.
+
+    Args:
+        strides: of the maps.
+        input_size: (height, width) of the network's input in pixels.
+
+    Returns:
+        float32 [A, 4], xyxy in pixels of the input, in the order map, row, column.
+    """
+    maps = []
+    for stride in strides:
+        rows, columns = (math.ceil(side / stride) for side in input_size)
+        cells = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).flip(-1)  # [rows * columns, (x, y)]
+        maps.append(torch.cat((cells, cells + 1), -1) * stride)
+    return torch.cat(maps).float()

@@ -60,3 +60,55 @@ class SSDBoxCoder:
         centre = top_left + sides * (shift / self.centre_weight + 0.5)
         half = sides * (log_ratio / self.size_weight).clamp(max=self.max_log_ratio).exp() * 0.5
         return torch.cat((centre - half, centre + half), -1)
+
+
+class DistributionBoxCoder:
+    """Each side of a box as a distribution over its distance from the anchor's centre (GFL, arXiv 2006.04388, section 3.2).
+
+    A code is four times ``bins`` logits, for left, top, right, bottom. Softmax makes probabilities of them, and their mean
+    over the bins is the distance in units of the anchor's width or height. Bin i stands for a distance of i + ``first``; with
+    ``first`` below zero also a point just outside of a box can say where the box is, as it must for a box that lies between
+    the points.
+
+    Args:
+        bins: number of bins, at least 2.
+        first: distance of the first bin, in anchor sides.
+
+    Attributes:
+        code_size: D, 4 * bins.
+    """
+
+    def __init__(self, bins: int = 8, first: float = 0.0) -> None:
+        self.bins = bins
+        self.first = first
+        self.code_size = 4 * bins
+
+    def bin_weights(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """xyxy boxes [..., 4] and their anchors [..., 4] -> weights of the bins [..., 4, bins] whose mean is the box.
+
+        A distance between two bins shares its weight among them (GFL, eq. 6). One beyond the bins counts as the outermost.
+        """
+        top_left, bottom_right = anchors.split(2, -1)
+        sides, centre = bottom_right - top_left, 0.5 * (top_left + bottom_right)
+        distances = torch.cat((centre - boxes[..., :2], boxes[..., 2:] - centre), -1) / torch.cat((sides, sides), -1)
+        places = (distances - self.first).clamp(0, self.bins - 1)
+        bins = torch.arange(self.bins, device=boxes.device, dtype=places.dtype)
+        return (1 - (places[..., None] - bins).abs()).clamp(min=0)
+
+    def encode(self, boxes: Tensor, anchors: Tensor) -> Tensor:
+        """xyxy boxes [..., 4] and their anchors [..., 4] -> codes [..., 4 * bins] that ``decode`` turns back into the boxes.
+
+        Sides further from the centre than the last bin, or nearer than the first, come back at that bin.
+        """
+        return self.bin_weights(boxes, anchors).clamp(min=1e-9).log().flatten(-2)
+
+    def decode(self, codes: Tensor, anchors: Tensor) -> Tensor:
+        """Codes [..., 4 * bins] and their anchors [..., 4] -> xyxy boxes [..., 4] in the anchors' pixels, not clipped."""
+        probabilities = codes.unflatten(-1, (4, self.bins)).softmax(-1)
+        bins = torch.arange(self.bins, device=codes.device, dtype=probabilities.dtype)
+        distances = (probabilities * bins).sum(-1) + self.first  # no matrix product: autocast would round it to half
+        top_left, bottom_right = anchors.split(2, -1)
+        sides, centre = bottom_right - top_left, 0.5 * (top_left + bottom_right)
+        before, after = distances.split(2, -1)
+        corner = centre - before * sides
+        return torch.cat((corner, torch.maximum(corner, centre + after * sides)), -1)

@@ -5,9 +5,10 @@ from typing import Any
 
 from backbones.errors import UserError
 from detection.models.detector import Detector, DetectorConfig
+from detection.models.litedet import LiteDet, LiteDetConfig
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 
-_CONFIGS: dict[str, type[DetectorConfig]] = {"ssdlite": SSDLiteConfig}
+_CONFIGS: dict[str, type[DetectorConfig]] = {"ssdlite": SSDLiteConfig, "litedet": LiteDetConfig}
 
 
 def build_detector(config: DetectorConfig, num_classes: int) -> Detector:
@@ -23,6 +24,8 @@ def build_detector(config: DetectorConfig, num_classes: int) -> Detector:
     """
     if isinstance(config, SSDLiteConfig):
         return SSDLite(config, num_classes)
+    if isinstance(config, LiteDetConfig):
+        return LiteDet(config, num_classes)
     raise TypeError(f"no detector is built from a {type(config).__name__}")
 
 

@@ -113,12 +113,12 @@ class SSDLiteHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Maps [B, C_k, H_k, W_k] -> box codes [B, A, D], class logits [B, A, C]."""
-        boxes = [_per_anchor(layer(x), self.code_size) for layer, x in zip(self.box, maps, strict=True)]
-        classes = [_per_anchor(layer(x), self.num_columns) for layer, x in zip(self.classes, maps, strict=True)]
+        boxes = [per_anchor(layer(x), self.code_size) for layer, x in zip(self.box, maps, strict=True)]
+        classes = [per_anchor(layer(x), self.num_columns) for layer, x in zip(self.classes, maps, strict=True)]
         return torch.cat(boxes, 1), torch.cat(classes, 1)
 
 
-def _per_anchor(x: Tensor, columns: int) -> Tensor:
+def per_anchor(x: Tensor, columns: int) -> Tensor:
     """[B, n * columns, H, W] -> [B, H * W * n, columns]. In channels-last memory this moves nothing."""
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, columns)
 

@@ -15,8 +15,23 @@ from detection.models.build import config_type
 from detection.models.detector import DetectorConfig
 from detection.models.ssdlite import SSDLiteConfig
 from detection.postprocess import PostprocessConfig
+from detection.training.litedet_loss import LiteDetLossConfig
 from detection.training.losses import LossConfig
 from detection.training.ssd_loss import SSDLossConfig
+
+_LOSSES: dict[str, type[LossConfig]] = {"ssd": SSDLossConfig, "litedet": LiteDetLossConfig}
+
+
+def loss_type(plain: Mapping[str, Any]) -> type[LossConfig]:
+    """The dataclass of a loss's config that was read from a file; files from before there were kinds hold SSD's.
+
+    Raises:
+        UserError: a kind that this version does not know.
+    """
+    kind = plain.get("kind", "ssd")
+    if kind not in _LOSSES:
+        raise UserError(f"this is a loss of kind {kind!r}; this version knows {', '.join(_LOSSES)}")
+    return _LOSSES[kind]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,7 +105,7 @@ class DetectionConfig:
         Raises:
             UserError: a field that this version does not know, or a value of another type; the message names it.
         """
-        return from_plain(plain, cls, {DetectorConfig: config_type, LossConfig: lambda _: SSDLossConfig}, source)
+        return from_plain(plain, cls, {DetectorConfig: config_type, LossConfig: loss_type}, source)
 
     def validate(self) -> None:
         """Raises UserError for values that make no sense, alone or together. Called once, after all overrides."""

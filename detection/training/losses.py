@@ -19,9 +19,15 @@ _Config = TypeVar("_Config", bound="LossConfig")
 
 
 class LossConfig(ABC):
-    """How a loss is computed. Each kind of loss has one dataclass derived from this."""
+    """How a loss is computed. Each kind of loss has one dataclass derived from this.
+
+    Attributes:
+        kind: of the loss, which tells the dataclasses apart in a file; ``detection.training.config`` has the table.
+    """
 
     __slots__ = ()
+
+    kind: str
 
     @abstractmethod
     def validate(self) -> None:

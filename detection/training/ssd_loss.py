@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.ops import sigmoid_focal_loss
 
 from backbones.errors import UserError
-from detection.models.box_coders import BoxCoder
+from detection.models.box_coders import BoxCoder, SSDBoxCoder
 from detection.models.detector import Detector, DetectorConfig, Score
 from detection.structures import RawPredictions, Target
 from detection.training.assignment import MatcherConfig, SSDAssigner
@@ -21,6 +21,8 @@ from detection.training.losses import DetectionLoss, LossConfig, mean_over_proce
 
 @dataclass(kw_only=True, slots=True)
 class SSDLossConfig(LossConfig):
+    kind: Literal["ssd"] = "ssd"
+    """Which loss this config describes."""
     classification: Literal["cross_entropy", "focal"] = "cross_entropy"
     """cross_entropy: softmax over classes and background with hard-negative mining (SSD). focal: sigmoid focal loss on every
     anchor, without mining (RetinaNet)."""
@@ -60,6 +62,11 @@ class SSDLossConfig(LossConfig):
         return "softmax" if self.classification == "cross_entropy" else "sigmoid"
 
     def check(self, model: DetectorConfig) -> None:
+        if not isinstance(model.box_coder(), SSDBoxCoder):
+            raise UserError(
+                f"loss.kind ssd trains SSD's box codes, which a model of kind {model.kind} does not give; take a recipe of "
+                "kind ssdlite"
+            )
         if model.score != self.trains:
             raise UserError(
                 f"loss.classification {self.classification} trains {self.trains} scores, model.score is {model.score}; "

@@ -90,7 +90,7 @@ def start_from(model: Detector, source: Source, class_names: tuple[str, ...], pa
         _check_same_network(model.config, info.model, file.source, only_backbone=True)
         prefix = "backbone."
         backbone = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-        load_state(model.backbone, backbone, file.source)
+        load_state(model.backbone, model.backbone.without_left_out(backbone), file.source)
         new = "; extra maps and heads are new"
     else:
         _check_same_network(model.config, info.model, file.source)

@@ -1,0 +1,184 @@
+"""LiteDet: MobileNetV2, a light path aggregation network and a separable head over anchor points.
+
+Letters in shapes: B batch, A anchors, C columns of class logits, D numbers of a box code, H W height and width of a map.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from backbones.errors import UserError
+from backbones.features import FeatureSpec
+from backbones.layers import ConvNormAct
+from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
+from detection.models.anchors import stride_squares
+from detection.models.box_coders import DistributionBoxCoder
+from detection.models.detector import MAX_SIDE, Detector, DetectorConfig, Triple
+from detection.models.heads import names_of_parameters, per_anchor
+from detection.models.necks import DepthwiseSeparable, Layer, LightPAN
+from detection.structures import ResizeMode
+
+_MAX_MAPS = 16
+# Field, least and most: a config may come from a file that nobody checked.
+_LIMITS = (
+    ("neck_width", 1, 4096), ("neck_depth", 1, 16), ("head_depth", 0, 16), ("kernel_size", 1, 31), ("bins", 2, 256),
+    ("first_bin", -1, 0),
+)  # fmt: skip
+
+
+@dataclass(kw_only=True, slots=True)
+class LiteDetConfig(DetectorConfig):
+    fields_of_weights: ClassVar[tuple[str, ...]] = (
+        "features", "neck_width", "neck_depth", "head_depth", "kernel_size", "bins", "first_bin", "score",
+        "background_column", "norm_eps",
+    )  # fmt: skip
+    fields_of_training: ClassVar[tuple[str, ...]] = ("norm_momentum", "prior")
+
+    kind: Literal["litedet"] = "litedet"
+    """Which detector this config describes."""
+    backbone: MobileNetV2Config = field(default_factory=MobileNetV2Config)
+    """The network under the neck. Its parts after the last of the features are left out."""
+    input_size: tuple[int, int] = (320, 320)
+    """(height, width) of the network's input in pixels, 96 to 4096 each. Need not be square."""
+    resize: ResizeMode = "stretch"
+    """How an image comes to the input size: sides scaled each for itself, or both alike with a border."""
+    features: tuple[str, ...] = ("stage3", "stage5", "stage7")
+    """Names of the backbone's maps that the neck sees, from the finest; each stride is twice the one before. The neck adds a
+    map of half the last one's size."""
+    neck_width: int = 96
+    """Channels of all maps in the neck and the head."""
+    neck_depth: int = 1
+    """Depthwise separable convolutions wherever the neck mixes two maps."""
+    head_depth: int = 2
+    """Depthwise separable convolutions of the head, on each map, before the two output layers."""
+    kernel_size: int = 5
+    """Side of the depthwise kernels in the neck and the head; odd."""
+    bins: int = 8
+    """Distances that each side of a box has a distribution over, one stride apart."""
+    first_bin: float = -0.5
+    """The first of these distances, in strides. Below 0 a point just outside of an object can describe it, which an object
+    smaller than the finest stride needs."""
+    score: Literal["sigmoid"] = "sigmoid"
+    """How class logits become scores."""
+    background_column: bool = False
+    """Always False: a class has no rival but itself."""
+    norm_eps: float = 0.001
+    """Epsilon of the batch norms in the neck and the head."""
+    norm_momentum: float = 0.03
+    """Momentum of those batch norms."""
+    prior: float = 0.01
+    """The score that an untrained head gives (RetinaNet, arXiv 1708.02002, section 4.1)."""
+    mean: Triple | None = None
+    """Mean of the input's channels (R, G, B, of pixel / 255). None: as the weights say, ImageNet's where they say nothing."""
+    std: Triple | None = None
+    """Standard deviation of the input's channels, in the same way."""
+
+    def validate(self) -> None:
+        self.backbone.validate()
+        if len(self.input_size) != 2 or min(self.input_size) < 96 or max(self.input_size) > MAX_SIDE:
+            raise UserError(
+                f"model.input_size is (height, width), each 96 to {MAX_SIDE} pixels; got {tuple(self.input_size)}"
+            )
+        if not 1 <= len(self.features) <= _MAX_MAPS:
+            raise UserError(f"model.features names 1 to {_MAX_MAPS} maps of the backbone, got {len(self.features)}")
+        for name, least, most in _LIMITS:
+            if not least <= getattr(self, name) <= most:
+                raise UserError(f"model.{name} must be in {least}..{most}, got {getattr(self, name)}")
+        if self.score != "sigmoid" or self.background_column:
+            raise UserError("LiteDet has sigmoid scores and no background column; leave model.score as it is")
+        if self.std is not None and not min(self.std) > 0:
+            raise UserError(f"model.std must be positive, got {self.std}")
+        if not 0 < self.prior < 1 or not self.norm_eps > 0 or not 0 < self.norm_momentum <= 1:
+            raise UserError(
+                f"model.prior is between 0 and 1, model.norm_eps above 0, model.norm_momentum above 0 and at most 1; got "
+                f"{self.prior}, {self.norm_eps}, {self.norm_momentum}"
+            )
+
+    def box_coder(self) -> DistributionBoxCoder:
+        return DistributionBoxCoder(self.bins, self.first_bin)
+
+
+class LiteDetHead(nn.Module):
+    """Box codes and class logits for every cell of every map, from features that the two share.
+
+    Args:
+        specs: the feature maps, from the finest.
+        depth: depthwise separable convolutions before the outputs.
+        kernel_size: of the depthwise convolutions.
+        code_size: D, numbers of a box code.
+        num_columns: C, columns of class logits.
+        layer: makes a convolution with its batch norm.
+    """
+
+    def __init__(
+        self, specs: Sequence[FeatureSpec], depth: int, kernel_size: int, code_size: int, num_columns: int, layer: Layer
+    ) -> None:
+        super().__init__()
+        self.code_size = code_size
+        self.num_columns = num_columns
+        self.shared = nn.ModuleList(
+            nn.Sequential(*(DepthwiseSeparable(spec.channels, spec.channels, kernel_size, layer) for _ in range(depth)))
+            for spec in specs
+        )
+        self.box = nn.ModuleList(nn.Conv2d(spec.channels, code_size, 1) for spec in specs)
+        self.classes = nn.ModuleList(nn.Conv2d(spec.channels, num_columns, 1) for spec in specs)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Maps [B, C_k, H_k, W_k] -> box codes [B, A, D], class logits [B, A, C]."""
+        found = [shared(x) for shared, x in zip(self.shared, maps, strict=True)]
+        boxes = [per_anchor(layer(x), self.code_size) for layer, x in zip(self.box, found, strict=True)]
+        classes = [per_anchor(layer(x), self.num_columns) for layer, x in zip(self.classes, found, strict=True)]
+        return torch.cat(boxes, 1), torch.cat(classes, 1)
+
+
+class LiteDet(Detector):
+    """A one-stage detector over anchor points: the assembly of GFL (arXiv 2006.04388) and TOOD (arXiv 2108.07755) in the size
+    of NanoDet-Plus and PicoDet (arXiv 2111.00902), on MobileNetV2.
+
+    It computes convolutions, sums, ReLU6, nearest upsampling and concatenations, nothing else.
+
+    Args:
+        config: see ``LiteDetConfig``.
+        num_classes: K, at least 1.
+
+    Raises:
+        UserError: a config value makes no sense, or the backbone has no map of a given name.
+    """
+
+    config: LiteDetConfig
+
+    def __init__(self, config: LiteDetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.backbone = MobileNetV2(config.backbone, config.features, complete=False)
+        layer = partial(ConvNormAct, norm_eps=config.norm_eps, norm_momentum=config.norm_momentum)
+        specs = [self.backbone.feature_specs[name] for name in config.features]
+        width, kernel_size = config.neck_width, config.kernel_size
+        self.neck = LightPAN(specs, width, config.neck_depth, kernel_size, config.backbone.padding, layer)
+        specs = self.neck.feature_specs
+        code_size = config.box_coder().code_size
+        self.head = LiteDetHead(specs, config.head_depth, kernel_size, code_size, num_classes, layer)
+        self.register_buffer("anchors", stride_squares([s.stride for s in specs], config.input_size), persistent=False)
+        for module in (*self.neck.modules(), *self.head.modules()):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)  # on fan-in: what goes into a depthwise kernel is its own cells
+        for outputs, bias in ((self.head.box, 0.0), (self.head.classes, -math.log((1 - config.prior) / config.prior))):
+            for output in outputs:
+                assert isinstance(output, nn.Conv2d)
+                assert output.bias is not None
+                nn.init.normal_(output.weight, std=0.01)
+                nn.init.constant_(output.bias, bias)
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        codes, class_logits = self.head(self.neck(list(self.backbone(images).values())))
+        return codes, class_logits
+
+    def class_tensors(self) -> frozenset[str]:
+        return names_of_parameters(self, list(self.head.classes))
+
+    def parts(self) -> Mapping[str, nn.Module]:
+        return {**dict(self.backbone.named_children()), "neck": self.neck, "head": self.head}

@@ -1,0 +1,169 @@
+"""Task-aligned assignment against a slow loop that a person can read. Run: pytest tests/test_task_aligned.py"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from detection.boxes import cxcywh_to_xyxy
+from detection.models.anchors import stride_squares
+from detection.models.box_coders import DistributionBoxCoder
+from detection.structures import RawPredictions, Target
+from detection.training.assignment import Assignment
+from detection.training.task_aligned import TaskAlignedAssigner, TaskAlignedConfig
+
+ANCHORS = stride_squares((8, 16, 32), (64, 64))  # 64 + 16 + 4 points
+CODER = DistributionBoxCoder(8, -0.5)
+
+
+def assign_slowly(
+    config: TaskAlignedConfig, boxes: Tensor, logits: Tensor, objects: Tensor, labels: Tensor, anchors: Tensor
+) -> dict[int, tuple[int, float]]:
+    """One image: anchor -> (object, quality), written as the docstring of ``TaskAlignedAssigner`` says it."""
+    finest = min(float(x2 - x1) for x1, _, x2, _ in anchors)
+    iou, scores = box_iou(objects, boxes), logits.sigmoid()
+    points = (anchors[:, :2] + anchors[:, 2:]) / 2
+
+    def closeness(m: int, a: int) -> float:
+        centre = (objects[m, :2] + objects[m, 2:]) / 2
+        return 1 / (1 + float((points[a] - centre).abs().max()) / finest)
+
+    def alignment(m: int, a: int) -> float:
+        return float(scores[a, labels[m]]) ** config.score_power * max(float(iou[m, a]), 1e-3) ** config.iou_power
+
+    def inside(m: int, a: int) -> bool:
+        centre = (objects[m, :2] + objects[m, 2:]) / 2
+        half = ((objects[m, 2:] - objects[m, :2]) / 2).clamp(min=config.least_side * finest / 2)
+        return bool(((points[a] - centre).abs() < half).all())
+
+    wanted: dict[int, list[int]] = {}
+    for m in range(len(objects)):
+        candidates = [a for a in range(len(anchors)) if inside(m, a)]
+        candidates.sort(key=lambda a: -(math.log(alignment(m, a)) + 1e-3 * closeness(m, a)))
+        for a in candidates[: config.anchors_per_object]:
+            wanted.setdefault(a, []).append(m)
+    owner = {a: max(rivals, key=lambda m: float(iou[m, a]) + 1e-3 * closeness(m, a)) for a, rivals in wanted.items()}
+    result = {}
+    for a, m in owner.items():
+        own = [b for b in owner if owner[b] == m]
+        best_iou = max(config.least_quality, max(float(iou[m, b]) for b in own))
+        result[a] = (m, alignment(m, a) / max(alignment(m, b) for b in own) * best_iou)
+    return result
+
+
+def drawn(num_objects: int, seed: int, size: float = 30.0) -> tuple[RawPredictions, Target]:
+    torch.manual_seed(seed)
+    raw = RawPredictions(torch.randn(4, len(ANCHORS), 32) * 2, torch.randn(4, len(ANCHORS), 3) - 3, ANCHORS)
+    boxes = cxcywh_to_xyxy(torch.rand(4, num_objects, 4) * torch.tensor([60.0, 60, size, size]) + 2)
+    valid = torch.rand(4, num_objects) < 0.7
+    valid[2] = False  # an image without objects
+    labels = torch.randint(0, 3, (4, num_objects))
+    return raw, Target(boxes.clamp(0, 64) * valid[..., None], labels * valid, valid)
+
+
+def owners(assignment: Assignment, image: int) -> dict[int, int]:
+    positive = assignment.positive[image].nonzero().flatten().tolist()
+    return {a: int(assignment.objects[image, a]) for a in positive}
+
+
+@pytest.mark.parametrize("num_objects", [1, 6, 40])  # the last are more than the points can serve
+@pytest.mark.parametrize("size", [3.0, 40.0])
+@pytest.mark.parametrize("config", [TaskAlignedConfig(), TaskAlignedConfig(anchors_per_object=3, score_power=0.5)])
+def test_batch_equals_the_slow_loop(num_objects: int, size: float, config: TaskAlignedConfig) -> None:
+    raw, target = drawn(num_objects, seed=num_objects, size=size)
+    found = TaskAlignedAssigner(config, CODER)(raw, target)
+    boxes = CODER.decode(raw.codes, ANCHORS)
+    for b in range(4):
+        kept = target.valid[b].nonzero().flatten()
+        expected = assign_slowly(
+            config, boxes[b], raw.class_logits[b], target.boxes[b, kept], target.labels[b, kept], ANCHORS
+        )
+        assert owners(found, b) == {a: int(kept[m]) for a, (m, _) in expected.items()}
+        for a, (_, quality) in expected.items():
+            assert float(found.quality[b, a]) == pytest.approx(quality, rel=1e-3, abs=1e-6)
+        assert not found.quality[b, ~found.positive[b]].any()
+
+
+def test_images_without_objects() -> None:
+    raw, target = drawn(3, seed=0)
+    none = Target(torch.zeros(4, 0, 4), torch.zeros(4, 0, dtype=torch.long), torch.zeros(4, 0, dtype=torch.bool))
+    for objects in (none, target._replace(valid=torch.zeros(4, 3, dtype=torch.bool))):
+        found = TaskAlignedAssigner(TaskAlignedConfig(), CODER)(raw, objects)
+        assert not found.positive.any()
+        assert not found.quality.any()
+        assert found.objects.shape == (4, len(ANCHORS))
+
+
+def one_image(boxes: list[list[float]], labels: list[int]) -> Target:
+    return Target(torch.tensor([boxes]), torch.tensor([labels]), torch.ones(1, len(labels), dtype=torch.bool))
+
+
+def predicting(boxes: Tensor, logits: Tensor | None = None) -> RawPredictions:
+    """Every anchor predicts the box that it is given, as well as its bins allow."""
+    logits = torch.full((1, len(ANCHORS), 3), -2.0) if logits is None else logits
+    return RawPredictions(CODER.encode(boxes.expand(1, len(ANCHORS), 4), ANCHORS), logits, ANCHORS)
+
+
+def test_by_hand() -> None:
+    # An object of 16 x 16 px holds four points of stride 8 and one of stride 16. All predict it exactly; one of them is
+    # surer of its class than the others, and its quality is 1, that of the others s / s_max.
+    box = [16.0, 16, 32, 32]
+    logits = torch.full((1, len(ANCHORS), 3), -2.0)
+    point = 2 * 8 + 3  # row 2, column 3 of the finest map
+    logits[0, point, 1] = 2.0
+    found = TaskAlignedAssigner(TaskAlignedConfig(), CODER)(
+        predicting(torch.tensor(box), logits), one_image([box], [1])
+    )
+    positive = found.positive[0].nonzero().flatten().tolist()
+    assert positive == [2 * 8 + 2, 2 * 8 + 3, 3 * 8 + 2, 3 * 8 + 3, 64 + 1 * 4 + 1]
+    assert float(found.quality[0, point]) == pytest.approx(1, abs=1e-4)
+    share = 1 / (1 + math.exp(2)) / (1 / (1 + math.exp(-2)))
+    assert float(found.quality[0, positive[0]]) == pytest.approx(share, abs=1e-4)
+
+
+@pytest.mark.parametrize("box", [[20.5, 20.5, 23, 23], [0.0, 0, 1, 1], [63.0, 40, 64, 41], [31.9, 31.9, 32.1, 32.1]])
+def test_an_object_between_the_points_gets_some(box: list[float]) -> None:
+    untrained = predicting(cxcywh_to_xyxy(torch.tensor([32.0, 32, 20, 20])))
+    found = TaskAlignedAssigner(TaskAlignedConfig(), CODER)(untrained, one_image([box], [0]))
+    assert found.positive.any()
+    assert float(found.quality.max()) >= 0.05 - 1e-6  # it teaches, although no box overlaps it
+    points = 0.5 * (ANCHORS[found.positive[0], :2] + ANCHORS[found.positive[0], 2:])
+    assert (points - torch.tensor([box[:2]])).abs().max() <= 10
+    strict = TaskAlignedAssigner(TaskAlignedConfig(least_side=0), CODER)(untrained, one_image([box], [0]))
+    assert not strict.positive.any()
+
+
+def test_an_object_covered_by_another_keeps_the_anchors_that_fit_it() -> None:
+    # Points near the middle predict the inner object, all others the outer one.
+    outer, inner = [4.0, 4, 60, 60], [24.0, 24, 40, 40]
+    points = 0.5 * (ANCHORS[:, :2] + ANCHORS[:, 2:])
+    middle = ((points - 32).abs() < 8).all(-1)
+    boxes = torch.where(middle[:, None], torch.tensor(inner), torch.tensor(outer))
+    found = TaskAlignedAssigner(TaskAlignedConfig(), CODER)(predicting(boxes), one_image([outer, inner], [0, 0]))
+    ours = owners(found, 0)
+    assert {a for a, m in ours.items() if m == 1} == set(middle.nonzero().flatten().tolist())
+    assert 0 in ours.values()
+
+
+def test_the_same_box_twice_goes_to_the_first() -> None:
+    box = [16.0, 16, 32, 32]
+    found = TaskAlignedAssigner(TaskAlignedConfig(), CODER)(
+        predicting(torch.tensor(box)), one_image([box, box], [0, 0])
+    )
+    assert set(owners(found, 0).values()) == {0}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (TaskAlignedConfig(anchors_per_object=0), "anchors_per_object must be at least 1, got 0"),
+        (TaskAlignedConfig(iou_power=-1.0), "must not be negative, got 1.0 and -1.0"),
+        (TaskAlignedConfig(least_side=-1.0), "least_side must not be negative"),
+        (TaskAlignedConfig(least_quality=2.0), r"least_quality must be in \[0, 1\], got 2.0"),
+    ],
+)
+def test_choices_that_make_no_sense(config: TaskAlignedConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TaskAlignedAssigner(config, CODER)
