@@ -1,8 +1,9 @@
 """What is trained when a classifier is trained: its composed config, and data, network and loss as one task for the engine."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from detection.classification.data import (
 from detection.data.loader import EpochSampler
 from detection.engine.checkpoint import load_checkpoint
 from detection.engine.loop import TrainConfig
-from detection.engine.plain import differences
+from detection.engine.plain import differences, from_plain
 from detection.engine.runtime import Runtime
 from detection.images.draw import image_grid
 from detection.weights.hub import locate
@@ -88,7 +89,7 @@ class ClassificationConfig:
         if not 0 <= self.label_smoothing < 1:
             raise UserError(f"label_smoothing is {self.label_smoothing}; it can be 0 up to, but not including, 1")
         frozen = self.model.backbone.frozen_stages
-        if frozen and self.weights is None:
+        if frozen and self.weights is None and not self.train.resume:
             raise UserError(
                 f"model.backbone.frozen_stages is {frozen} and there are no weights to start from: random layers would "
                 "stay random; give --weights, or --model.backbone.frozen-stages 0"
@@ -105,8 +106,11 @@ class ClassificationTask:
     Args:
         config: validated; its data must name both folders.
         runtime: this process.
+        resumed: of a resumed run, what travels with its weights (``Run.extra``). The network is then built as that says,
+            and its weights are left to the checkpoint.
 
     Attributes:
+        config: the config as adopted: with the network as the weights to start from need it.
         model: the network.
         step: network and loss, what the engine calls.
         metric: the figure that decides which weights are the best.
@@ -120,25 +124,34 @@ class ClassificationTask:
 
     metric = "top1"
 
-    def __init__(self, config: ClassificationConfig, runtime: Runtime) -> None:
-        self.config = config
+    def __init__(
+        self, config: ClassificationConfig, runtime: Runtime, resumed: Mapping[str, Any] | None = None
+    ) -> None:
+        self.config = replace(config)
         self.runtime = runtime
         if config.data.train is None or config.data.val is None:
             missing = "train" if config.data.train is None else "val"
             raise UserError(f"no --data.{missing} given; a folder with a folder of images for each class is needed")
-        train_folder = read_image_folder(config.data.train)
+        self._train_folder = train_folder = read_image_folder(config.data.train)
         self.class_names = train_folder.class_names
         val_folder = read_image_folder(config.data.val, self.class_names)
         self._weights_info = WeightsInfo()
-        if config.weights is None:
+        if resumed is not None:
+            recorded = resumed["classifier"]
+            self.config.model = from_plain(recorded["model"], ClassifierConfig)
+            self.model = Classifier(self.config.model, len(self.class_names))
+            kept = {name: recorded[name] for name in ("source", "licence") if name in recorded}
+            self._weights_info = WeightsInfo(mean=tuple(recorded["mean"]), std=tuple(recorded["std"]), **kept)
+        elif config.weights is None:
             self.model = Classifier(config.model, len(self.class_names))
         else:
             source = locate(config.weights)
-            asked, (config.model.backbone, _) = config.model.backbone, adopt_config(config.model.backbone, source)
-            changes = differences(asked, config.model.backbone)
+            backbone, _ = adopt_config(config.model.backbone, source)
+            changes = differences(config.model.backbone, backbone)
             if changes:
-                _log.info("the network is built as %s needs it: backbone %s", source, ", ".join(changes))
-            self.model = Classifier(config.model, len(self.class_names))
+                _log.info("the network is built as %s needs it: backbone %s", source, ", ".join(map(str, changes)))
+            self.config.model = replace(config.model, backbone=backbone)
+            self.model = Classifier(self.config.model, len(self.class_names))
             self._weights_info, remark = load_classifier(self.model, source, self.class_names)
             check_statistics(self.model.backbone, source)
             _log.info("%s", remark or f"classifier from {config.weights}")
@@ -174,6 +187,14 @@ class ClassificationTask:
             worker_init_fn=_init_worker,
         )
 
+    def data_fingerprint(self) -> dict[str, int | str]:
+        """The training images and their classes; not where they lie."""
+        digest = hashlib.sha256("\0".join(self.class_names).encode())
+        folder = self._train_folder
+        digest.update(b"\0".join(folder.files.tolist()))
+        digest.update(folder.labels.tobytes())
+        return {"images": len(folder), "content": digest.hexdigest()[:16]}
+
     def train_loader(self) -> DataLoader[Any]:
         return self._train_loader
 
@@ -202,6 +223,8 @@ class ClassificationTask:
                 "class_names": list(info.class_names),
                 "mean": list(info.mean),
                 "std": list(info.std),
+                "source": self._weights_info.source,
+                "licence": self._weights_info.licence,
             }
         }
 

@@ -36,8 +36,13 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, buffer.getbuffer(), durable=True)
 
 
-def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: Path | str, device: torch.device | str = "cpu", *, mapped: bool = False) -> dict[str, Any]:
     """Reads what ``save_checkpoint`` wrote, with the tensors on ``device``.
+
+    Args:
+        path: the file.
+        device: where to put the tensors.
+        mapped: read a tensor when it is looked at, for who wants the plain data alone.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -47,7 +52,7 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dic
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint file")
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise UserError(f"{path} is not a checkpoint that can be read: damaged, or another kind of file") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
