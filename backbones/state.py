@@ -83,13 +83,16 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_plain(path: str | Path, device: torch.device | str = "cpu", what: str = "a weights file") -> Any:
+def load_plain(
+    path: str | Path, device: torch.device | str = "cpu", what: str = "a weights file", *, mapped: bool = False
+) -> Any:
     """What ``torch.save`` wrote, if it is tensors and plain data; no code that a file may hold is run.
 
     Args:
         path: of the file.
         device: where the tensors go.
         what: what is expected, for the message.
+        mapped: read a tensor when it is looked at, for who wants the plain data alone.
 
     Raises:
         FileNotFoundError, OSError: see ``existing_file``, or it cannot be read.
@@ -102,7 +105,7 @@ def load_plain(path: str | Path, device: torch.device | str = "cpu", what: str =
     try:
         if packed:
             _refuse_bomb(path)
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except UserError:
         raise
     except Exception as error:  # unpickling garbage raises nearly anything

@@ -6,13 +6,14 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from detection.engine import log as progress
-from detection.engine.log import Meter, Reading, RunLog, describe, with_wait
+from detection.engine.log import Meter, Reading, RunLog, describe, epoch_record, with_wait
 from detection.engine.runtime import Runtime
 
 CPU = Runtime(device=torch.device("cpu"))
@@ -79,24 +80,20 @@ def test_description() -> None:
     assert describe(alone) == "loss 1.000, 1.0 images/s, 0 % waiting for data"
 
 
+def record_of(epoch: int) -> dict[str, Any]:
+    metrics = {"AP": 0.5} if epoch == 2 else {}
+    return epoch_record(epoch, 10 * epoch, reading_of(2.0), {"x1": 0.1}, metrics, is_best=bool(metrics), seconds=3.0)
+
+
 def write_epoch(run_dir: Path, *, runtime: Runtime = CPU, first_epoch: int = 0) -> None:
-    with RunLog(run_dir, runtime, 2, first_epoch, 10 * first_epoch, 20) as run_log:
+    history = [record_of(epoch + 1) for epoch in range(first_epoch)]
+    with RunLog(run_dir, runtime, 2, 20, 10 * first_epoch, history) as run_log:
         for epoch in range(first_epoch, 2):
-            step = 10 * (epoch + 1)
             run_log.start_epoch(epoch, 10)
             for _ in range(10):
                 run_log.advance()
-            run_log.window(epoch, step, reading_of(2.0), {"x1": 0.1})
-            run_log.end_epoch(
-                epoch,
-                step,
-                reading_of(2.0),
-                {"x1": 0.1},
-                {"AP": 0.5} if epoch else {},
-                shown_metric="AP",
-                is_best=bool(epoch),
-                seconds=3.0,
-            )
+            run_log.window(epoch, 10 * (epoch + 1), reading_of(2.0), {"x1": 0.1})
+            run_log.end_epoch(record_of(epoch + 1), reading_of(2.0), shown_metric="AP")
 
 
 def test_a_line_per_epoch_where_there_is_no_terminal(

@@ -1,19 +1,26 @@
 """tools/train_det.py from drawn images to a detector in use. Run: pytest tests/test_train_det.py"""
 
+import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from detection import load_detector
 from detection.cli.eval import main as eval_det
+from detection.cli.recipes import load_config
 from detection.cli.train import main as train_det
 from detection.data.drawn import DetectionSet, draw_detection_set
+from detection.engine.checkpoint import load_checkpoint
 from detection.engine.loop import TrainResult
+from detection.engine.runtime import Runtime
+from detection.training.task import DetectionTask
 from detection.weights.native import read_detector
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +38,7 @@ def command(drawn: DetectionSet, run_dir: Path, *more: str) -> list[str]:
         *("--data.val.annotations", str(drawn.val_annotations), "--data.val.images", str(drawn.val_images)),
         *("--run-dir", str(run_dir), "--data.workers", "0", "--model.backbone.width", "0.35"),
         *("--model.input-size", "128", "128", "--train.batch-size", "8", "--train.device", "cpu"),
+        *("--model.backbone.frozen-stages", "0"),
         *more,
     ]
 
@@ -109,7 +117,8 @@ def test_mistakes_end_in_one_clear_line(
 ) -> None:
     run = tmp_path / "run"
     recipe = f"{ROOT}/configs/finetune.py:detector"
-    expect_error([recipe], "no --data.train.annotations given", capsys)
+    expect_error([recipe], "frozen_stages is 3 and there are no weights to start from: random layers", capsys)
+    expect_error([recipe, "--weights", "FILE"], "no --data.train.annotations given", capsys)
     expect_error(command(drawn, run, "--weights", "nowhere.pt"), "nowhere.pt does not exist", capsys)
     expect_error(command(drawn, run, "--data.train.annotations", "nowhere.json"), "nowhere.json", capsys)
     expect_error(command(drawn, run, "--data.train.images", str(tmp_path / "empty")), str(tmp_path / "empty"), capsys)
@@ -128,6 +137,85 @@ def test_a_run_folder_is_not_written_over(
     before = trained.last_path.read_bytes()
     expect_error(command(drawn, trained.last_path.parent, "--train.epochs", "2"), "--train.resume", capsys)
     assert trained.last_path.read_bytes() == before
+
+
+def test_validation_data_are_looked_at_before_the_first_step(
+    drawn: DetectionSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    data = json.loads(drawn.val_annotations.read_text())
+    empty = tmp_path / "empty.json"
+    empty.write_text(json.dumps(data | {"annotations": []}))
+    argv = command(drawn, tmp_path / "run")
+    expect_error([*argv, "--data.val.annotations", str(empty)], "no ground truth to evaluate on", capsys)
+
+    half = tmp_path / "half"
+    half.mkdir()
+    for image in sorted(drawn.val_images.iterdir())[:4]:
+        shutil.copy(image, half)
+    expect_error([*argv, "--data.val.images", str(half)], "4 of 8 validation images cannot be read, more than", capsys)
+    assert not (tmp_path / "run").exists()
+    assert "epoch" not in caplog.text
+
+
+def test_a_task_leaves_the_config_alone_and_says_what_it_adopted(trained: TrainResult, drawn: DetectionSet) -> None:
+    config = load_config(command(drawn, Path("run"), "--train.amp", "bf16"), "test")
+    config.weights, config.model.backbone.width, config.model.score = str(trained.best_path), 1.0, "sigmoid"
+    config.loss.classification = "focal"
+    before = copy.deepcopy(config)
+    task = DetectionTask(config, Runtime(device=torch.device("cpu")))
+    assert config == before
+    assert (task.config.model.backbone.width, task.config.model.score) == (0.35, "softmax")
+    assert task.config.loss.classification == "cross_entropy"
+
+    # The figure of a training in bf16 is that of an evaluation of its checkpoint, which computes in float32.
+    seen: list[torch.Tensor] = []
+    task.model.backbone.register_forward_hook(lambda module, inputs, output: seen.extend(output.values()))
+    task.evaluate(task.model)
+    assert {output.dtype for output in seen} == {torch.float32}
+
+
+def test_a_run_goes_on_from_its_folder_alone(
+    trained: TrainResult, drawn: DetectionSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    weights = shutil.copy(trained.best_path, tmp_path / "start.pt")
+    # the weights decide the width; the first stages stay as they are
+    more = ("--train.epochs", "2", "--weights", str(weights), "--model.backbone.width", "1.0",
+            "--model.backbone.frozen-stages", "2")  # fmt: skip
+    straight = train_det(command(drawn, tmp_path / "straight", *more))
+
+    calls = []
+    evaluate = DetectionTask.evaluate
+
+    def stop_at_the_second(task: DetectionTask, model: nn.Module) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(task, model)
+
+    monkeypatch.setattr(DetectionTask, "evaluate", stop_at_the_second)
+    run = tmp_path / "moved" / "run"
+    with pytest.raises(SystemExit):
+        train_det(command(drawn, tmp_path / "run", *more))
+    monkeypatch.undo()
+    capsys.readouterr()
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "run").rename(run)
+    Path(weights).unlink()
+    moved = tmp_path / "moved" / "images"
+    shutil.copytree(drawn.train_images, moved)
+    assert json.loads((run / "config.json").read_text())["model"]["backbone"]["width"] == 0.35
+
+    expect_error([str(run / "best.pt")], "a run is gone on with from its last.pt", capsys)
+    expect_error([str(run), "--train.epochs", "3"], "train.epochs 2 -> 3", capsys)
+    expect_error([str(run), "--data.train.annotations", str(drawn.val_annotations)], "other data (images 24", capsys)
+    other = train_det(
+        [str(run), "--data.train.images", str(moved), "--data.workers", "1", "--data.val-batch-size", "3"]
+    )
+    assert other.last_path == run / "last.pt"
+    ours, theirs = load_checkpoint(other.last_path), load_checkpoint(straight.last_path)
+    torch.testing.assert_close(ours["weights"], theirs["weights"], rtol=0, atol=0)
+    assert ours["metrics"] == pytest.approx(theirs["metrics"])
 
 
 @pytest.mark.slow

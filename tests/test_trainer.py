@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.tensorboard import SummaryWriter
 
-from detection.engine.checkpoint import load_checkpoint
+from detection.engine.checkpoint import load_checkpoint, save_checkpoint
 from detection.engine.ema import EmaConfig
-from detection.engine.loop import TrainConfig, train
+from detection.engine.files import open_run
+from detection.engine.loop import TrainConfig, _place_step, train
 from detection.engine.optim import OptimConfig
+from detection.engine.plain import from_plain
 from detection.engine.runtime import Runtime, open_runtime
 
 CPU = Runtime(device=torch.device("cpu"))
@@ -92,6 +95,20 @@ class SquaredDistance(nn.Module):
         return {"loss": loss, "error": loss / 2}
 
 
+@dataclass
+class PointsData:
+    workers: int = 0
+    folder: str = "a"
+
+
+@dataclass
+class PointsConfig:
+    run_dir: Path
+    train: TrainConfig
+    data: PointsData = field(default_factory=PointsData)
+    depth: int = 1
+
+
 class PointsTask:
     metric = "score"
 
@@ -111,6 +128,10 @@ class PointsTask:
         self.stop_in_evaluation: int | None = None
         self.num_evaluations = 0
         self.images: list[tuple[int, bool]] = []
+        self.config: Any = None
+
+    def data_fingerprint(self) -> dict[str, int | str]:
+        return {"points": len(self.x), "content": round(float(self.x.sum()), 4)}
 
     def train_loader(self) -> Loader:
         return self.loader
@@ -147,8 +168,10 @@ def plain_optim(**changes: Any) -> OptimConfig:
     return OptimConfig(**{**plain, **changes})
 
 
-def run(task: PointsTask, config: TrainConfig, run_dir: Path, runtime: Runtime = CPU) -> Any:
-    return train(task, config, run_dir, runtime, {"train": {"epochs": config.epochs, "batch_size": config.batch_size}})
+def run(task: PointsTask, config: TrainConfig, run_dir: Path, runtime: Runtime = CPU, **changes: Any) -> Any:
+    task.config = PointsConfig(run_dir, config, **changes)
+    with open_run(task.config, runtime, lambda plain: from_plain(plain, PointsConfig)) as opened:
+        return train(task, config, opened, runtime)
 
 
 def losses_of(run_dir: Path) -> list[float]:
@@ -185,6 +208,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
         "config.json",
         "metrics.jsonl",
         "tensorboard",
+        ".lock",
     }
     best, last = load_checkpoint(result.best_path), load_checkpoint(result.last_path)
     assert (best["epoch"], best["step"], best["metrics"]["score"]) == (2, 4, 0.7)
@@ -201,7 +225,8 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
     ]
     assert set(lines[0]["losses"]) == {"loss", "error"}
     assert lines[0]["losses"]["error"] == pytest.approx(lines[0]["losses"]["loss"] / 2)
-    assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"train": {"epochs": 3, "batch_size": 4}}
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (record["train"]["epochs"], record["train"]["batch_size"], record["depth"]) == (3, 4, 1)
     # images of the first batch, then after each evaluation, always in evaluation mode
     assert task.images == [(0, False), (2, False), (4, False), (6, False)]
 
@@ -414,12 +439,131 @@ def test_best_weights_cannot_be_resumed(tmp_path: Path) -> None:
 
 
 def test_resuming_with_other_settings_names_them(tmp_path: Path) -> None:
-    record = {"train": {"epochs": 2, "device": "cpu"}, "data": {"workers": 0, "folder": "a"}, "old": 1}
-    changed = {"train": {"epochs": 4, "device": "cuda"}, "data": {"workers": 8, "folder": "a"}, "new": [2]}
-    train(PointsTask(), config_of(), tmp_path / "run", CPU, record)
+    run(PointsTask(), config_of(), tmp_path / "run", data=PointsData(workers=0))
+    changed = {"data": PointsData(workers=8, folder="b"), "depth": 2}
     with pytest.raises(ValueError, match="was started with other settings") as error:
-        train(PointsTask(), config_of(epochs=4, resume=True), tmp_path / "run", CPU, changed)
-    assert "settings: train.epochs 2 -> 4; old 1 -> None; new None -> [2]. Resume" in str(error.value)
+        run(PointsTask(), config_of(epochs=4, log_every=9, resume=True), tmp_path / "run", **changed)
+    assert "settings: train.epochs 2 -> 4; data.folder 'a' -> 'b'; depth 1 -> 2. Resume" in str(error.value)
+
+
+def test_a_field_that_the_record_does_not_have_takes_its_default(tmp_path: Path) -> None:
+    result = run(PointsTask(), config_of(epochs=1), tmp_path / "run")
+    content = load_checkpoint(result.last_path)
+    for record in (content["config"], content["training"]["asked"]):
+        del record["depth"], record["train"]["accumulate"]
+    save_checkpoint(result.last_path, content)
+    run(PointsTask(), config_of(epochs=1, resume=True), tmp_path / "run")
+    with pytest.raises(ValueError, match="depth 1 -> 2"):
+        run(PointsTask(), config_of(epochs=1, resume=True), tmp_path / "run", depth=2)
+
+
+def test_other_data_are_not_resumed(tmp_path: Path) -> None:
+    run(PointsTask(), config_of(), tmp_path / "run")
+    other = PointsTask(num_points=9)
+    with pytest.raises(ValueError, match=r"last\.pt: this run was trained on other data \(points 8 -> 9; content "):
+        run(other, config_of(resume=True), tmp_path / "run")
+
+
+def test_another_number_of_processes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result = run(PointsTask(), config_of(epochs=1), tmp_path / "run")
+    content = load_checkpoint(result.last_path)
+    content["training"]["world_size"] = 8
+    save_checkpoint(result.last_path, content)
+    run(PointsTask(), config_of(epochs=1, resume=True), tmp_path / "run")
+    assert "this run had 8 processes and goes on with 1" in caplog.text
+
+
+def test_checkpoint_of_the_layout_before_is_resumed(tmp_path: Path) -> None:
+    straight = run(PointsTask(), config_of(epochs=3), tmp_path / "straight")
+    stopped = PointsTask()
+    stopped.stop_in_evaluation = 3
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, config_of(epochs=3), tmp_path / "run")
+    content = load_checkpoint(tmp_path / "run" / "last.pt")
+    for name in ("asked", "data", "world_size", "batch", "readings", "history"):
+        del content["training"][name]
+    save_checkpoint(tmp_path / "run" / "last.pt", content)
+    resumed = run(PointsTask(), config_of(epochs=3, resume=True), tmp_path / "run")
+    ours, theirs = load_checkpoint(resumed.last_path), load_checkpoint(straight.last_path)
+    torch.testing.assert_close(ours["weights"], theirs["weights"], rtol=0, atol=0)
+    assert losses_of(tmp_path / "run") == losses_of(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("left", ["", "\n\n", '{"epoch": 2, "ste', '{"epoch": 2, "ste\n', None])
+def test_the_record_is_whole_again_after_a_kill(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, left: str | None
+) -> None:
+    stopped = PointsTask()
+    stopped.stop_in_evaluation = 3
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, config_of(epochs=3), tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    first, second = path.read_text().splitlines()
+    if left is None:
+        path.unlink()
+    else:  # killed after last.pt and before or within the line of the second epoch
+        path.write_text(f"{first}\n{left}")
+    run(PointsTask(), config_of(epochs=3, resume=True), tmp_path / "run")
+    lines = path.read_text().splitlines()
+    assert lines[:2] == [first, second]
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+    if left:
+        assert f"{path}: line 2" in caplog.text
+        assert "is blank or cut off and is left out" in caplog.text
+    assert (
+        f"{path}: epoch {'1, 2' if left is None else '2'} is missing and is written from the checkpoint" in caplog.text
+    )
+
+
+def hold_a_run(run_dir: Path, taken: Any, end: Any) -> None:
+    with open_run(PointsConfig(run_dir, config_of()), CPU, lambda plain: from_plain(plain, PointsConfig)):
+        taken.set()
+        end.wait(60)
+
+
+def test_one_training_in_a_folder(tmp_path: Path) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    taken, end = context.Event(), context.Event()
+    process = context.Process(target=hold_a_run, args=(tmp_path / "a" / "run", taken, end))
+    process.start()
+    try:
+        assert taken.wait(60)
+        with pytest.raises(ValueError, match=r"run: another training is running in this folder; wait for its end"):
+            run(PointsTask(), config_of(), tmp_path / "a" / "run")
+        assert [path.name for path in (tmp_path / "a" / "run").iterdir()] == [".lock"]  # nothing was written
+    finally:
+        end.set()
+        process.join(60)
+    assert not (tmp_path / "a").exists()  # no training began in it
+    run(PointsTask(), config_of(), tmp_path / "a" / "run")
+
+
+_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from tests.test_trainer import PointsTask, config_of, run
+run_dir = Path(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))  # last.pt is larger
+run(PointsTask(), config_of(resume=len(sys.argv) > 2), run_dir)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files there")
+def test_full_disk_names_the_file_and_keeps_the_old_one(tmp_path: Path) -> None:
+    stopped = PointsTask()
+    stopped.stop_in_evaluation = 2
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, config_of(), tmp_path / "run")
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "-c", _FULL_DISK, str(tmp_path / "run"), "resume"],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "OSError: [Errno 27] cannot be written, the file before stays as it was: File too large: " in done.stderr
+    assert ".pt'" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob("*.part"))
 
 
 def test_too_few_images_for_a_batch(tmp_path: Path) -> None:
@@ -518,6 +662,11 @@ def test_compiled_step_trains_the_same(tmp_path: Path) -> None:
     [
         ({"epochs": 0}, "train.epochs must be at least 1, not 0"),
         ({"batch_size": 0}, "train.batch_size must be at least 1, not 0"),
+        (
+            {"batch_size": 1},
+            "train.batch_size must be at least 2, not 1: batch norm learns nothing from a single image",
+        ),
+        ({"seed": -1}, "train.seed must be 0 or above, not -1"),
         ({"accumulate": 0}, "train.accumulate must be at least 1, not 0"),
         ({"eval_every": 0}, "train.eval_every must be at least 1, not 0"),
         ({"log_every": 0}, "train.log_every must be at least 1, not 0"),
@@ -541,11 +690,23 @@ def test_batch_is_shared_out_evenly() -> None:
         TrainConfig(batch_size=24).batch_size_per_process(5)
 
 
-def test_synchronised_norms_need_gpus(tmp_path: Path) -> None:
+def test_one_image_for_a_process_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"batch_size 8 leaves one image for each of 8 processes.*take at least 16"):
+        TrainConfig(batch_size=8).batch_size_per_process(8)
+    assert TrainConfig(batch_size=8, sync_norm=True).batch_size_per_process(8) == 1
+
+
+@pytest.mark.parametrize(
+    ("share", "num_images", "allowed"),
+    [(0.01, 5000, 50), (0.01, 99, 5), (0.01, 12, 2), (0.01, 4, 0), (0.0, 1000, 0), (0.5, 4, 2)],
+)
+def test_a_few_unreadable_images_end_no_small_training(share: float, num_images: int, allowed: int) -> None:
+    assert TrainConfig(max_skipped_share=share).num_skipped_allowed(num_images) == allowed
+
+
+def test_synchronised_norms_need_gpus() -> None:
     with pytest.raises(ValueError, match=r"train\.sync_norm works on GPUs alone"):
-        run(
-            PointsTask(), config_of(sync_norm=True), tmp_path / "run", Runtime(device=torch.device("cpu"), world_size=2)
-        )
+        _place_step(PointsTask().step, config_of(sync_norm=True), Runtime(device=torch.device("cpu"), world_size=2))
 
 
 def train_in_a_process(rank: int, port: int, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What is trained when a classifier is trained: data, network, loss and accuracy as one task for the engine."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from backbones.classifier import Classifier
+from backbones.classifier import Classifier, ClassifierConfig
 from backbones.errors import UserError
 from backbones.layers import Normalise
 from backbones.state import load_state
@@ -31,7 +32,7 @@ from detection.classification.data import (
 )
 from detection.classification.step import ClassificationStep
 from detection.engine.checkpoint import load_checkpoint
-from detection.engine.plain import differences
+from detection.engine.plain import differences, from_plain
 from detection.engine.runtime import Runtime, seed_everything
 from detection.images.draw import image_grid
 from detection.weights.hub import locate
@@ -48,9 +49,11 @@ class ClassificationTask:
     Args:
         config: validated; its data must name both folders.
         runtime: this process.
+        resumed: of a resumed run, what travels with its weights (``Run.extra``). The network is then built as that says,
+            and its weights are left to the checkpoint.
 
     Attributes:
-        config: the same, with the network's as the weights need it; the one that was given stays as it is.
+        config: the config as adopted, another object than the one given: with the network as the weights need it.
         model: the network.
         step: network and loss, what the engine calls.
         metric: the figure that decides which weights are the best.
@@ -64,17 +67,19 @@ class ClassificationTask:
 
     metric = "top1"
 
-    def __init__(self, config: ClassificationConfig, runtime: Runtime) -> None:
-        self.config = config
+    def __init__(
+        self, config: ClassificationConfig, runtime: Runtime, resumed: Mapping[str, Any] | None = None
+    ) -> None:
+        self.config = replace(config)
         self.runtime = runtime
         if config.data.train is None or config.data.val is None:
             missing = "train" if config.data.train is None else "val"
             raise UserError(f"no --data.{missing} given; a folder with a folder of images for each class is needed")
-        train_folder = read_image_folder(config.data.train)
+        self._train_folder = train_folder = read_image_folder(config.data.train)
         self.class_names = train_folder.class_names
         val_folder = read_image_folder(config.data.val, self.class_names)
         seed_everything(config.train.seed)  # the first weights of new layers
-        self.model, self._weights_info = self._build_model(config.weights)
+        self.model, self._weights_info = self._build_model(config.weights, resumed)
         self.normalise = Normalise(self._weights_info.mean, self._weights_info.std)
         self.step = ClassificationStep(self.model, self.normalise, config.label_smoothing)
         self.num_train = len(train_folder)
@@ -94,9 +99,18 @@ class ClassificationTask:
             runtime=runtime,
         )
 
-    def _build_model(self, weights: str | None) -> tuple[Classifier, WeightsInfo]:
-        """The network, built as the weights to start from need it and filled with them, and what travels with these."""
+    def _build_model(self, weights: str | None, resumed: Mapping[str, Any] | None) -> tuple[Classifier, WeightsInfo]:
+        """The network, built as the weights to start from need it and filled with them, and what travels with these.
+
+        Of a resumed run it is built as the checkpoint says, which holds its weights.
+        """
         asked = self.config.model
+        if resumed is not None:
+            recorded = resumed["classifier"]
+            self.config = replace(self.config, model=from_plain(recorded["model"], ClassifierConfig))
+            kept = {name: recorded[name] for name in ("source", "licence") if name in recorded}
+            info = WeightsInfo(mean=tuple(recorded["mean"]), std=tuple(recorded["std"]), **kept)
+            return Classifier(self.config.model, len(self.class_names)), info
         if weights is None:
             return Classifier(asked, len(self.class_names)), WeightsInfo()
         found = read_file(locate(weights))
@@ -104,13 +118,21 @@ class ClassificationTask:
         backbone, _ = adopt_config(asked.backbone, source)
         changes = differences(asked.backbone, backbone)
         if changes:
-            _log.info("the network is built as %s needs it: backbone %s", source.source, ", ".join(changes))
+            _log.info("the network is built as %s needs it: backbone %s", source.source, ", ".join(map(str, changes)))
         self.config = replace(self.config, model=replace(asked, backbone=backbone))
         model = Classifier(self.config.model, len(self.class_names))
         info, remark = load_classifier(model, source, self.class_names)
         check_statistics(model.backbone, source.source)
         _log.info("%s", remark or f"classifier from {weights}")
         return model, info
+
+    def data_fingerprint(self) -> dict[str, int | str]:
+        """The training images and their classes; not where they lie."""
+        digest = hashlib.sha256("\0".join(self.class_names).encode())
+        folder = self._train_folder
+        digest.update(b"\0".join(folder.files.tolist()))
+        digest.update(folder.labels.tobytes())
+        return {"images": len(folder), "content": digest.hexdigest()[:16]}
 
     def train_loader(self) -> DataLoader[Any]:
         return self._train_loader

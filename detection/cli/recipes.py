@@ -2,13 +2,13 @@
 
 A recipe is a Python function without arguments that returns a config. It is named by its file,
 ``configs/coco.py:ssdlite_mnv2_320``, or, if it comes with LiteDet, ``coco:ssdlite_mnv2_320``. The command line overrides
-any field by its dotted name.
+any field by its dotted name. In place of a recipe a training takes the folder of a run, which then goes on.
 """
 
 import importlib.util
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,48 @@ import tyro
 import detection
 from backbones.errors import UserError
 from detection.cli.docstrings import functions_of
+from detection.engine.checkpoint import load_checkpoint
 
 
-def load_config(argv: Sequence[str], description: str) -> Any:
-    """The config of a tool's command line: the recipe, then overrides.
+def load_config(
+    argv: Sequence[str],
+    description: str,
+    wanted: type[Any] = object,
+    read: Callable[[Mapping[str, Any]], Any] | None = None,
+) -> Any:
+    """The config of a training's command line: the recipe or the config of a run, then overrides.
 
     Args:
-        argv: ``FILE.py:FUNCTION`` and any ``--dotted.field VALUE``. ``--help`` after the recipe lists every field.
+        argv: ``FILE.py:FUNCTION``, or the folder of a run (or its last.pt) to go on with, and any ``--dotted.field VALUE``.
+            ``--help`` after the recipe lists every field.
         description: of the tool, for ``--help``.
+        wanted: the dataclass that the recipe has to give.
+        read: makes one of the plain data in a checkpoint; None where runs are not gone on with.
 
     Returns:
-        What the recipe returns, with the overrides.
+        What the recipe returns, with the overrides; of a run what it was started with, with ``train.resume`` on.
 
     Raises:
-        UserError: no such recipe.
+        UserError: no such recipe or run, or one for another tool.
         SystemExit: ``--help``, or an override that names no field or has a value of another type; tyro says which.
     """
     if not argv or argv[0].startswith("-"):
-        print(f"usage: {Path(sys.argv[0]).name} RECIPE [--FIELD VALUE ...]\n\n{description.strip()}\n\n{recipe_list()}")
+        program = Path(sys.argv[0]).name
+        print(f"usage: {program} RECIPE [--FIELD VALUE ...]")
+        print(
+            f"       {program} RUN_FOLDER [--FIELD VALUE ...]   (go on with a run)" if read is not None else "", end=""
+        )
+        print(f"\n\n{description.strip()}\n\n{recipe_list()}")
         raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
-    default = _recipe(argv[0])()
+    place = Path(argv[0])
+    if read is not None and (place.is_dir() or place.suffix == ".pt"):
+        default = _config_of_run(place, read)
+    else:
+        default = _recipe(argv[0])()
+        if not isinstance(default, wanted):
+            raise UserError(
+                f"{argv[0]} gives a {type(default).__name__}; {Path(sys.argv[0]).name} needs a {wanted.__name__}"
+            )
     return tyro.cli(
         type(default),
         default=default,
@@ -45,6 +67,23 @@ def load_config(argv: Sequence[str], description: str) -> Any:
         description=description,
         config=(tyro.conf.FlagConversionOff,),
     )
+
+
+def _config_of_run(place: Path, read: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """What the run in a folder was started with, set to go on with it."""
+    if place.suffix == ".pt" and place.name != "last.pt":
+        raise UserError(f"{place}: a run is gone on with from its last.pt; give that file or its folder")
+    path = place if place.suffix == ".pt" else place / "last.pt"
+    # mapped: every process reads the config, and none of them the tensors
+    content = load_checkpoint(path, mapped=True)
+    if "training" not in content:
+        raise UserError(f"{path} holds weights alone and no state to go on from; is it a copy of a best.pt?")
+    try:
+        config = read(content["training"].get("asked", content["config"]))
+    except UserError as error:
+        raise UserError(f"{path}: {error} (a checkpoint of another kind of training?)") from error
+    config.run_dir, config.train.resume = path.parent, True
+    return config
 
 
 def recipe_files() -> list[Path]:

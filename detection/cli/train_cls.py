@@ -6,26 +6,33 @@ $ torchrun --nproc-per-node 8 -m detection.cli.train_cls imagenet:mobilenetv2 --
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from backbones.errors import UserError
 from detection.classification.config import ClassificationConfig
 from detection.classification.task import ClassificationTask
 from detection.cli.recipes import load_config
+from detection.engine.files import open_run
 from detection.engine.loop import TrainResult, train
-from detection.engine.plain import to_plain
+from detection.engine.plain import from_plain
 from detection.engine.runtime import TRAINING_STOPPED, main_errors, open_runtime
 
 
 @main_errors(stopped=TRAINING_STOPPED)
 def main(argv: Sequence[str] | None = None) -> TrainResult:
-    config = load_config(sys.argv[1:] if argv is None else argv, __doc__ or "")
-    if not isinstance(config, ClassificationConfig):
-        raise UserError(f"this recipe gives a {type(config).__name__}; tools/train_cls.py needs a ClassificationConfig")
+    def read(plain: Mapping[str, Any]) -> ClassificationConfig:
+        return from_plain(plain, ClassificationConfig)
+
+    config: ClassificationConfig = load_config(
+        sys.argv[1:] if argv is None else argv, __doc__ or "", ClassificationConfig, read
+    )
     config.validate()
-    with open_runtime(config.train.device, config.train.num_threads) as runtime:
-        task = ClassificationTask(config, runtime)
-        result = train(task, config.train, config.run_dir, runtime, to_plain(task.config))
+    with (
+        open_runtime(config.train.device, config.train.num_threads) as runtime,
+        open_run(config, runtime, read) as run,
+    ):
+        task = ClassificationTask(config, runtime, run.extra)
+        result = train(task, config.train, run, runtime)
         if runtime.is_main:
             weights_path = config.run_dir / "backbone.safetensors"
             last = result.metrics

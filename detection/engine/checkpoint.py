@@ -35,14 +35,19 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, buffer.getbuffer(), durable=True)
 
 
-def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: Path | str, device: torch.device | str = "cpu", *, mapped: bool = False) -> dict[str, Any]:
     """Reads what ``save_checkpoint`` wrote, with the tensors on ``device``.
+
+    Args:
+        path: the file.
+        device: where to put the tensors.
+        mapped: read a tensor when it is looked at, for who wants the plain data alone.
 
     Raises:
         FileNotFoundError: there is no such file.
         UserError: the file is no checkpoint of this project, is damaged, or has another format version.
     """
-    return check_checkpoint(load_plain(path, device, "a checkpoint"), path)
+    return check_checkpoint(load_plain(path, device, "a checkpoint", mapped=mapped), path)
 
 
 def is_checkpoint(content: object) -> bool:

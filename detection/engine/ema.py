@@ -70,15 +70,15 @@ class ExponentialAverage:
     def update(self, model: nn.Module) -> None:
         """Takes in the weights and buffers of ``model`` after an optimiser step."""
         decay = ema_decay(self.num_updates, self._config, self._num_steps)
-        averages: list[Tensor] = []
-        values: list[Tensor] = []
+        averaged: tuple[list[Tensor], list[Tensor]] = ([], [])
+        copied: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for average, value in zip(_tensors(self.model), _tensors(model), strict=True):
-            if average.is_floating_point():
-                averages.append(average)
-                values.append(value)
-            else:
-                average.copy_(value)
-        torch._foreach_lerp_(averages, values, 1 - decay)
+            pairs = averaged if average.is_floating_point() else copied.setdefault(average.dtype, ([], []))
+            pairs[0].append(average)
+            pairs[1].append(value)
+        torch._foreach_lerp_(*averaged, 1 - decay)
+        for averages, values in copied.values():  # one call, which on a GPU is one kernel, for all counters
+            torch._foreach_copy_(averages, values)
         self.num_updates += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,9 +4,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from backbones.state import write_whole
 from detection.engine.runtime import Runtime
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,10 @@ class Reading:
     num_images: int
     seconds: float
     wait_seconds: float
+
+    def to_plain(self) -> dict[str, Any]:
+        """The fields, fit for a checkpoint."""
+        return asdict(self)
 
     @property
     def images_per_second(self) -> float:
@@ -127,17 +132,18 @@ class RunLog:
         run_dir: folder of the run, already there.
         runtime: this process.
         num_epochs: epochs of the whole training.
-        first_epoch: the epoch that this start begins with; lines of later ones in an old record are dropped.
-        first_step: the optimiser step that this start begins with.
         num_steps: optimiser steps of the whole training.
+        first_step: the optimiser step that this start begins with.
+        history: the records of the epochs before, from the checkpoint. ``metrics.jsonl`` begins with them, whatever a run
+            that was killed left in it.
     """
 
     run_dir: Path
     runtime: Runtime
     num_epochs: int
-    first_epoch: int
-    first_step: int
     num_steps: int
+    first_step: int = 0
+    history: Sequence[Mapping[str, Any]] = ()
     writer: SummaryWriter | None = field(default=None, init=False)
     _bar: "tqdm[Any] | None" = field(default=None, init=False)
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
@@ -146,8 +152,10 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         if self.runtime.is_main:
-            kept = [line for line in self._old_lines() if json.loads(line)["epoch"] <= self.first_epoch]
-            self._metrics_path.write_text("".join(f"{line}\n" for line in kept))
+            if self.history:
+                self._say_what_is_mended()
+            lines = "".join(json.dumps(record) + "\n" for record in self.history)
+            write_whole(self._metrics_path, lines.encode())
             self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.first_step)
             self._stack.callback(self.writer.close)
             if sys.stderr.isatty():
@@ -193,53 +201,86 @@ class RunLog:
             _log.info("epoch %d/%d, step %d/%d: %s", epoch + 1, self.num_epochs, step, self.num_steps, text)
             self._last_line = now
 
-    def end_epoch(
-        self,
-        epoch: int,
-        step: int,
-        reading: Reading,
-        learning_rates: dict[str, float],
-        metrics: dict[str, float],
-        *,
-        shown_metric: str,
-        is_best: bool,
-        seconds: float,
-    ) -> None:
-        """Closes the epoch's bar, prints its line and writes it down. ``metrics`` is empty without an evaluation."""
+    def end_epoch(self, record: Mapping[str, Any], reading: Reading, *, shown_metric: str) -> None:
+        """Closes the epoch's bar, prints its line and writes its record (``epoch_record``) down.
+
+        Raises:
+            OSError: it cannot be written; the message names the file.
+        """
         if self.writer is None or self._bar is None:
             return
         self._bar.close()
+        step, metrics = record["step"], record["metrics"]
         for name, value in metrics.items():
             self.writer.add_scalar(f"val/{name}", value, step)
         self.writer.flush()
-        record = {
-            "epoch": epoch + 1,
-            "step": step,
-            "lr": learning_rates,
-            "losses": reading.losses,
-            "images_per_second": round(reading.images_per_second, 2),
-            "data_wait_share": round(reading.wait_share, 4),
-            "seconds": round(seconds, 2),
-            "metrics": metrics,
-            "best": is_best,
-        }
-        with self._metrics_path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        result = f", {shown_metric} {metrics[shown_metric]:.4f}{' (best)' if is_best else ''}" if metrics else ""
+        try:
+            with self._metrics_path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, f"cannot be written: {error.strerror}", str(self._metrics_path)) from error
+        result = f", {shown_metric} {metrics[shown_metric]:.4f}{' (best)' if record['best'] else ''}" if metrics else ""
         left = f", {_clock(self._seconds_left(step))} left" if step < self.num_steps else ""
-        _log.info("epoch %d/%d: %s%s, %.1f s%s", epoch + 1, self.num_epochs, describe(reading), result, seconds, left)
+        _log.info(
+            "epoch %d/%d: %s%s, %.1f s%s",
+            record["epoch"], self.num_epochs, describe(reading), result, record["seconds"], left,
+        )  # fmt: skip
         self._last_line = time.perf_counter()
 
     @property
     def _metrics_path(self) -> Path:
         return self.run_dir / "metrics.jsonl"
 
-    def _old_lines(self) -> list[str]:
-        return self._metrics_path.read_text().splitlines() if self.first_epoch and self._metrics_path.exists() else []
+    def _say_what_is_mended(self) -> None:
+        """Names what a killed run left in ``metrics.jsonl`` that is no line, and what it did not come to write."""
+        lines = self._metrics_path.read_text(errors="replace").splitlines() if self._metrics_path.exists() else []
+        records = [read_record(line) for line in lines]
+        broken = [str(number) for number, record in enumerate(records, start=1) if record is None]
+        if broken:
+            _log.warning("%s: line %s is blank or cut off and is left out", self._metrics_path, ", ".join(broken))
+        written = {record["epoch"] for record in records if record is not None}
+        missing = [str(record["epoch"]) for record in self.history if record["epoch"] not in written]
+        if missing:
+            _log.warning(
+                "%s: epoch %s is missing and is written from the checkpoint", self._metrics_path, ", ".join(missing)
+            )
 
     def _seconds_left(self, step: int) -> float:
         done = max(step - self.first_step, 1)
         return (time.perf_counter() - self._start) / done * (self.num_steps - step)
+
+
+def epoch_record(
+    epoch: int,
+    step: int,
+    reading: Reading,
+    learning_rates: dict[str, float],
+    metrics: dict[str, float],
+    *,
+    is_best: bool,
+    seconds: float,
+) -> dict[str, Any]:
+    """The line of an epoch in metrics.jsonl; ``epoch`` counts from 1, ``metrics`` is empty without an evaluation."""
+    return {
+        "epoch": epoch,
+        "step": step,
+        "lr": learning_rates,
+        "losses": reading.losses,
+        "images_per_second": round(reading.images_per_second, 2),
+        "data_wait_share": round(reading.wait_share, 4),
+        "seconds": round(seconds, 2),
+        "metrics": metrics,
+        "best": is_best,
+    }
+
+
+def read_record(line: str) -> dict[str, Any] | None:
+    """The record in a line of metrics.jsonl, or None for one that is blank or cut off."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("epoch"), int) else None
 
 
 def describe(reading: Reading) -> str:

@@ -1,11 +1,10 @@
 """The training loop. It knows tensors, not what they mean: classification and detection both train with it."""
 
 import contextlib
-import json
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
@@ -16,21 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 from backbones.errors import UserError
-from backbones.state import load_state
-from detection.engine.checkpoint import load_checkpoint, save_checkpoint
 from detection.engine.ema import EmaConfig, ExponentialAverage
-from detection.engine.log import Meter, Reading, RunLog, with_wait
+from detection.engine.files import Run
+from detection.engine.log import Meter, Reading, RunLog, epoch_record, with_wait
 from detection.engine.optim import OptimConfig, build_optimizer, build_schedule, parameter_groups
+from detection.engine.plain import to_plain
 from detection.engine.runtime import Runtime, check_device, seed_everything
+from detection.engine.state import TrainState
 
 _log = logging.getLogger(__name__)
 
 _Batch = TypeVar("_Batch", bound="TrainBatch")
 
-# Settings that may differ when a run is resumed: they change where and how fast it runs, not what it computes.
-_FREE_ON_RESUME = frozenset({"resume", "device", "num_threads", "workers", "log_every", "run_dir"})
-
 _NUM_NAMED_IMAGES = 5  # of the unreadable ones in the message that ends a run
+_NUM_SKIPPED_OF_FEW = 5  # unreadable images that end no run, however few images there are (up to a fifth of them)
 
 
 class TrainBatch(Protocol):
@@ -69,6 +67,10 @@ class Task(Protocol):
     """What is trained. The properties may as well be plain attributes."""
 
     @property
+    def config(self) -> Any:
+        """The composed config as adopted, a dataclass: with network and loss as they were built."""
+
+    @property
     def step(self) -> nn.Module:
         """Called with a batch's inputs, gives scalar losses on the device; "loss" is minimised. Contains ``model``.
 
@@ -92,6 +94,9 @@ class Task(Protocol):
     def lr_scales(self) -> Mapping[str, float]:
         """Prefix of parameter names in ``model`` -> factor of the learning rate; {} for one rate."""
 
+    def data_fingerprint(self) -> Mapping[str, int | str]:
+        """What tells the training data from other data when a run is resumed: counts, a hash; no paths."""
+
     def train_loader(self) -> TrainLoader:
         """The training data. Called once."""
 
@@ -110,11 +115,12 @@ class TrainConfig:
     epochs: int = 25
     """Passes over the training images."""
     batch_size: int = 24
-    """Images of a batch, over all processes together: the same recipe trains the same on 1 GPU and on 8."""
+    """Images of a batch, over all processes together, so that the same recipe fits 1 GPU and 8. Several processes take the
+    same steps as one, but their batch norms see their own share of the batch alone (GPUs: sync_norm), so weights differ."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one step of the optimiser."""
     seed: int = 0
-    """Everything random follows from it."""
+    """Everything random follows from it. 0 or above."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimiser and learning rate."""
     ema: EmaConfig = field(default_factory=EmaConfig)
@@ -132,19 +138,28 @@ class TrainConfig:
     log_every: int = 20
     """Optimiser steps between readings of the losses. A reading makes the host wait for the device."""
     max_skipped_share: float = 0.01
-    """The run stops when more than this share of the training images cannot be read."""
+    """The run stops when more than this share of the training images cannot be read. In small datasets five images may be
+    unreadable, but no more than a fifth of them; with 0 none may."""
     num_threads: int | None = None
     """Threads of torch's operators; None leaves torch's own choice."""
     device: str = "auto"
     """Where to train: auto (a CUDA GPU where there is one, else the CPU), cpu, cuda, cuda:N or mps."""
     resume: bool = False
-    """Go on with the run in the run folder, exactly where its last whole epoch ended."""
+    """Go on with the run in the run folder, exactly where its last whole epoch ended. The network comes from its last.pt
+    alone: the weights it once started from are not needed."""
 
     def validate(self) -> None:
         """Raises UserError for a value that means nothing."""
         for name in ("epochs", "batch_size", "accumulate", "eval_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        if self.seed < 0:
+            raise UserError(f"train.seed must be 0 or above, not {self.seed}")
+        if self.batch_size == 1:
+            raise UserError(
+                "train.batch_size must be at least 2, not 1: batch norm learns nothing from a single image; to save memory "
+                "lower the input size, to average over more images raise --train.accumulate"
+            )
         if self.num_threads is not None and self.num_threads < 1:
             raise UserError(f"train.num_threads must be at least 1 or None, not {self.num_threads}")
         if not 0 <= self.max_skipped_share <= 1:
@@ -157,14 +172,43 @@ class TrainConfig:
         """Images of a batch in one of ``world_size`` processes.
 
         Raises:
-            UserError: the batch cannot be shared out evenly.
+            UserError: the batch cannot be shared out evenly, or leaves single images.
         """
         if self.batch_size % world_size:
             raise UserError(
                 f"train.batch_size {self.batch_size} cannot be shared out evenly to {world_size} processes; "
                 f"take a multiple of {world_size}"
             )
-        return self.batch_size // world_size
+        share = self.batch_size // world_size
+        if share == 1 and not (self.sync_norm and world_size > 1):
+            raise UserError(
+                f"train.batch_size {self.batch_size} leaves one image for each of {world_size} processes, and batch norm "
+                f"learns nothing from a single image; take at least {2 * world_size}, or on GPUs --train.sync-norm True"
+            )
+        return share
+
+    def num_skipped_allowed(self, num_images: int) -> int:
+        """How many of so many images may be unreadable: see ``max_skipped_share``."""
+        if self.max_skipped_share == 0:
+            return 0
+        return max(int(self.max_skipped_share * num_images), min(_NUM_SKIPPED_OF_FEW, num_images // 5))
+
+    def too_many_skipped(self, texts: Sequence[str], num: int, num_images: int, which: str) -> str:
+        """The message that ends a run with too many images that cannot be read.
+
+        Args:
+            texts: "path: reason" of some of them.
+            num: of all of them.
+            num_images: readable ones included.
+            which: "training" or "validation".
+        """
+        named = "; ".join(texts[:_NUM_NAMED_IMAGES])
+        more = num - min(len(texts), _NUM_NAMED_IMAGES)
+        return (
+            f"{num} of {num_images} {which} images cannot be read, more than --train.max-skipped-share "
+            f"{self.max_skipped_share:g} allows: {named}{f'; and {more} more' if more else ''}. Repair them, take them out, "
+            f"or raise the share"
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -187,225 +231,247 @@ class TrainResult:
     seconds: float
 
 
-def train(
-    task: Task, config: TrainConfig, run_dir: Path, runtime: Runtime, config_record: Mapping[str, Any]
-) -> TrainResult:
+def train(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -> TrainResult:
     """Trains ``task.model`` and leaves a run folder.
 
-    The folder holds ``config.json``, ``metrics.jsonl`` (a line per epoch), ``tensorboard/``, ``last.pt`` (all that
-    going on needs, written after every epoch) and ``best.pt`` (deployable weights: the moving average if there is one).
-    The host waits for the device when losses are read (``config.log_every``) and at the end of an epoch only.
+    The folder holds ``config.json`` (as adopted), ``metrics.jsonl`` (a line per epoch), ``tensorboard/``, ``last.pt`` (all
+    that going on needs, written after every epoch) and ``best.pt`` (deployable weights: the moving average if there is
+    one). The host waits for the device when losses are read (``config.log_every``) and at the end of an epoch only.
 
     Args:
-        task: model, data and losses.
+        task: model, data and losses. For a resumed run the model is built from ``run.adopted``; its weights are read here.
         config: how to train; validated here.
-        run_dir: folder of the run, made if it is not there.
+        run: the run folder, from ``open_run``.
         runtime: this process, from ``open_runtime``.
-        config_record: the whole configuration as plain data, for the record and for the check when resuming.
 
     Raises:
-        UserError: the folder holds a run and ``resume`` is off; resuming with other settings; too few images for a
-            batch; too many unreadable images.
-        FileNotFoundError: nothing to resume.
+        UserError: resuming with other data; too few images for a batch; too many unreadable images.
+        OSError: a file of the run cannot be written.
         FloatingPointError: a loss or a weight became infinite or not a number. ``last.pt`` is from the epoch before.
     """
     config.validate()
     start = time.perf_counter()
-    device, model = runtime.device, task.model
-    best_path, last_path = run_dir / "best.pt", run_dir / "last.pt"
-    config_record = json.loads(json.dumps(config_record, default=str))
-    resumed = _open_run_folder(run_dir, config.resume, config_record, runtime)
+    loop = _prepare(task, config, run, runtime)
+    state = loop.state
+    if run.checkpoint is not None:
+        run.restore(state)
+        _say_where_it_goes_on(state, config, run)
+    elif runtime.is_main:
+        run.write_config(task.config)
 
+    log = RunLog(run.folder, runtime, config.epochs, config.epochs * loop.steps_per_epoch, state.step, state.history)
+    with log:
+        while state.epoch < config.epochs:
+            epoch_start = time.perf_counter()
+            learning_rates, batch = loop.train_epoch(log)
+            loop.settle_epoch()
+            is_best, evaluates = False, loop.evaluates()
+            if evaluates:
+                is_best = loop.evaluate(log, batch)
+            reading = loop.end_epoch(
+                learning_rates, evaluates=evaluates, is_best=is_best, seconds=time.perf_counter() - epoch_start
+            )
+            log.end_epoch(state.history[-1], reading, shown_metric=task.metric)
+
+    if loop.skipped and runtime.is_main:
+        _log.warning("%d unreadable training images were skipped; they are named above", len(loop.skipped))
+    return TrainResult(
+        metrics=state.metrics,
+        best_metric=state.best_metric,
+        best_epoch=state.best_epoch,
+        best_path=run.best_path,
+        last_path=run.last_path,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _prepare(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -> "_Loop":
+    """Places the training step on the device and builds the state of a new training."""
     loader = task.train_loader()
     num_batches = len(loader)
     if num_batches == 0:
         raise UserError(
             f"{task.num_train} training images give no batch of {config.batch_size}; lower --train.batch-size"
         )
-    steps_per_epoch = math.ceil(num_batches / config.accumulate)
-    num_steps = config.epochs * steps_per_epoch
+    num_steps = config.epochs * math.ceil(num_batches / config.accumulate)
 
-    step_module = _place_step(task.step, config, runtime)
-    groups = parameter_groups(model, config.optim, task.lr_scales)
+    module = _place_step(task.step, config, runtime)
+    groups = parameter_groups(task.model, config.optim, task.lr_scales)
     parameters = [parameter for group in groups for parameter in group["params"]]
     assert {id(p) for p in parameters} == {id(p) for p in task.step.parameters() if p.requires_grad}, (
         "the training step has weights outside of the model: they would be neither trained nor saved"
     )
     optimizer = build_optimizer(groups, config.optim)
-    schedule = build_schedule(optimizer, config.optim, num_steps)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    ema = ExponentialAverage(model, config.ema, num_steps) if config.ema.enabled else None
-    deployed = ema.model if ema else model
+    state = TrainState(
+        model=task.model,
+        ema=ExponentialAverage(task.model, config.ema, num_steps) if config.ema.enabled else None,
+        optimizer=optimizer,
+        schedule=build_schedule(optimizer, config.optim, num_steps),
+        scaler=torch.amp.GradScaler(runtime.device.type, enabled=config.amp == "fp16"),
+        asked=to_plain(run.asked),
+        config=to_plain(task.config),
+        data=dict(task.data_fingerprint()),
+        world_size=runtime.world_size,
+    )
     if config.compile:
         task.step.compile(fullgraph=True)  # in place, so the weights keep their names; after the copy for the average
-
-    first_epoch, step = 0, 0
-    metrics: dict[str, float] = {}
-    best_metric, best_epoch = math.nan, 0
-    if resumed is not None:
-        state = resumed["training"]
-        load_state(model, state["model"], str(last_path))
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        scaler.load_state_dict(state["scaler"])
-        if ema:
-            ema.load_state_dict(state["ema"])
-        first_epoch, step, metrics = resumed["epoch"], resumed["step"], resumed["metrics"]
-        best_metric, best_epoch = state["best_metric"], state["best_epoch"]
-        if first_epoch == config.epochs:
-            _log.info("%s: this run is finished, all its %d epochs are done", run_dir, config.epochs)
-        else:
-            _log.info("%s: going on after epoch %d of %d", run_dir, first_epoch, config.epochs)
-
-    skipped: set[str] = set()
-    with RunLog(run_dir, runtime, config.epochs, first_epoch, step, num_steps) as run_log:
-        for epoch in range(first_epoch, config.epochs):
-            epoch_start = time.perf_counter()
-            seed_everything(config.seed, epoch=epoch, rank=runtime.rank)
-            _set_epoch(loader, epoch)
-            task.step.train()
-            run_log.start_epoch(epoch, steps_per_epoch)
-            meter, readings = Meter(runtime), []
-
-            for i, (batch, wait_seconds) in enumerate(with_wait(loader)):
-                _note_skipped(skipped, batch.skipped, config.max_skipped_share, task.num_train)
-                batch = batch.to(device, non_blocking=True)
-                if run_log.writer is not None and step == 0 and i == 0:
-                    _log_images(task, run_log.writer, step, batch, model)
-                    task.step.train()
-
-                # the last group of an epoch may be smaller than the others: each is the mean over its own batches
-                group_start = i - i % config.accumulate
-                group_size = min(config.accumulate, num_batches - group_start)
-                completes_group = i + 1 == group_start + group_size
-                with _gradients_stay_local(step_module, not completes_group):
-                    with _autocast(config.amp, device):
-                        losses = step_module(*batch.inputs())
-                    scaler.scale(losses["loss"] / group_size).backward()
-                meter.add(losses, len(batch), wait_seconds)
-                if not completes_group:
-                    continue
-
-                if config.optim.clip_norm is not None:
-                    scaler.unscale_(optimizer)
-                    nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-                schedule.step()
-                if ema:
-                    ema.update(model)
-                step += 1
-                run_log.advance()
-
-                if step % config.log_every == 0 or i + 1 == num_batches:
-                    readings.append(meter.read())
-                    _check_losses(readings[-1], epoch, step)
-                    run_log.window(epoch, step, readings[-1], learning_rates)
-
-            _check_weights(parameters, epoch, step)
-            _note_skipped(skipped, runtime.union_over_processes(skipped), config.max_skipped_share, task.num_train)
-            runtime.average_buffers(model)  # DDP sends process 0's before a step; after the last one they differ
-            if ema:
-                runtime.average_buffers(ema.model)
-
-            evaluates = (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs
-            is_best = False
-            if evaluates:
-                metrics = _evaluate(task, deployed)
-                if run_log.writer is not None:
-                    is_best = math.isnan(best_metric) or metrics[task.metric] > best_metric
-                    if is_best:
-                        best_metric, best_epoch = metrics[task.metric], epoch + 1
-                    _log_images(task, run_log.writer, step, batch, deployed)
-
-            if runtime.is_main:
-                content = {
-                    "weights": deployed.state_dict(),
-                    "extra": task.checkpoint_extra(),
-                    "epoch": epoch + 1,
-                    "step": step,
-                    "metrics": metrics,
-                    "config": config_record,
-                }
-                if is_best:
-                    save_checkpoint(best_path, content)
-                training = {
-                    "model": model.state_dict(),
-                    "ema": ema.state_dict() if ema else None,
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                    "scaler": scaler.state_dict(),
-                    "best_metric": best_metric,
-                    "best_epoch": best_epoch,
-                }
-                save_checkpoint(last_path, content | {"training": training})
-            run_log.end_epoch(
-                epoch,
-                step,
-                Reading.mean(readings),
-                learning_rates,
-                metrics if evaluates else {},
-                shown_metric=task.metric,
-                is_best=is_best,
-                seconds=time.perf_counter() - epoch_start,
-            )
-
-    if skipped and runtime.is_main:
-        _log.warning("%d unreadable training images were skipped; they are named above", len(skipped))
-    return TrainResult(
-        metrics=metrics,
-        best_metric=best_metric,
-        best_epoch=best_epoch,
-        best_path=best_path,
-        last_path=last_path,
-        seconds=time.perf_counter() - start,
+    return _Loop(
+        task=task,
+        config=config,
+        run=run,
+        runtime=runtime,
+        state=state,
+        loader=loader,
+        module=module,
+        parameters=parameters,
+        num_batches=num_batches,
     )
 
 
-def _open_run_folder(
-    run_dir: Path, resume: bool, config_record: Mapping[str, Any], runtime: Runtime
-) -> dict[str, Any] | None:
-    """The checkpoint to go on from, or None and a folder for a new run with its ``config.json``."""
-    last_path = run_dir / "last.pt"
-    if not resume:
-        if last_path.exists():
-            raise UserError(
-                f"{run_dir} already holds a run; go on with it by --train.resume True or use another --run-dir"
-            )
-        if runtime.is_main:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "config.json").write_text(json.dumps(config_record, indent=2) + "\n")
-        return None
+def _say_where_it_goes_on(state: TrainState, config: TrainConfig, run: Run[Any]) -> None:
+    if state.epoch == config.epochs:
+        _log.info("%s: this run is finished, all its %d epochs are done", run.folder, config.epochs)
+    else:
+        _log.info("%s: going on after epoch %d of %d", run.folder, state.epoch, config.epochs)
 
-    if not last_path.exists():
-        raise FileNotFoundError(
-            f"{last_path} is not there, so there is nothing to resume; start without --train.resume"
+
+@dataclass(slots=True, kw_only=True)
+class _Loop:
+    """What stays the same through a training, around the state that changes.
+
+    Attributes:
+        module: the training step on its device, wrapped for several processes.
+        parameters: what is trained.
+        num_batches: of an epoch.
+        skipped: images that could not be read so far.
+    """
+
+    task: Task
+    config: TrainConfig
+    run: Run[Any]
+    runtime: Runtime
+    state: TrainState
+    loader: TrainLoader
+    module: nn.Module
+    parameters: list[nn.Parameter]
+    num_batches: int
+    skipped: set[str] = field(default_factory=set)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_batches / self.config.accumulate)
+
+    def train_epoch(self, log: RunLog) -> tuple[dict[str, float], Any]:
+        """The steps of an epoch; gives the learning rates of the last one and its batch, on the device."""
+        state, config, runtime = self.state, self.config, self.runtime
+        seed_everything(config.seed, epoch=state.epoch, rank=runtime.rank)
+        _set_epoch(self.loader, state.epoch)
+        self.task.step.train()
+        log.start_epoch(state.epoch, self.steps_per_epoch)
+        meter = Meter(runtime)
+        for batch, wait_seconds in with_wait(self.loader):
+            self._note_skipped(batch.skipped)
+            batch = batch.to(runtime.device, non_blocking=True)
+            if log.writer is not None and state.step == 0 and state.batch == 0:
+                _log_images(self.task, log.writer, state.step, batch, state.model)
+                self.task.step.train()
+            completes_group = self._forward_and_backward(batch, meter, wait_seconds)
+            state.batch += 1
+            if not completes_group:
+                continue
+            learning_rates = self._update()
+            log.advance()
+            if state.step % config.log_every == 0 or state.batch == self.num_batches:
+                self._read(meter, log, learning_rates)
+        return learning_rates, batch
+
+    def _forward_and_backward(self, batch: Any, meter: Meter, wait_seconds: float) -> bool:
+        """Adds the gradient of a batch; gives whether it is the last one before a step of the optimiser."""
+        state, config = self.state, self.config
+        # the last group of an epoch may be smaller than the others: each is the mean over its own batches
+        group_start = state.batch - state.batch % config.accumulate
+        group_size = min(config.accumulate, self.num_batches - group_start)
+        completes_group = state.batch + 1 == group_start + group_size
+        with _gradients_stay_local(self.module, not completes_group):
+            with _autocast(config.amp, self.runtime.device):
+                losses = self.module(*batch.inputs())
+            state.scaler.scale(losses["loss"] / group_size).backward()
+        meter.add(losses, len(batch), wait_seconds)
+        return completes_group
+
+    def _update(self) -> dict[str, float]:
+        """A step of the optimiser and all that follows it; gives its learning rates."""
+        state, optimizer = self.state, self.state.optimizer
+        if self.config.optim.clip_norm is not None:
+            state.scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
+        state.scaler.step(optimizer)
+        state.scaler.update()
+        optimizer.zero_grad()
+        learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        state.schedule.step()
+        if state.ema:
+            state.ema.update(state.model)
+        state.step += 1
+        return learning_rates
+
+    def _read(self, meter: Meter, log: RunLog, learning_rates: dict[str, float]) -> None:
+        """Closes a window of losses."""
+        reading = meter.read()
+        _check_losses(reading, self.state.epoch, self.state.step)
+        self.state.readings.append(reading)
+        log.window(self.state.epoch, self.state.step, reading, learning_rates)
+
+    def settle_epoch(self) -> None:
+        """Brings the processes together after the last step: what cannot be read, what the batch norms saw."""
+        _check_weights(self.parameters, self.state.epoch, self.state.step)
+        self._note_skipped(self.runtime.union_over_processes(self.skipped))
+        # DDP sends process 0's before a step; after the last one they differ
+        self.runtime.average_buffers(self.state.model)
+        if self.state.ema:
+            self.runtime.average_buffers(self.state.ema.model)
+
+    def evaluates(self) -> bool:
+        """Whether an evaluation follows this epoch."""
+        done = self.state.epoch + 1
+        return done % self.config.eval_every == 0 or done == self.config.epochs
+
+    def evaluate(self, log: RunLog, batch: Any) -> bool:
+        """Evaluates what is deployed; gives whether it is the best so far (on process 0)."""
+        state, task = self.state, self.task
+        state.metrics = _evaluate(task, state.deployed)
+        if log.writer is None:
+            return False
+        is_best = math.isnan(state.best_metric) or state.metrics[task.metric] > state.best_metric
+        if is_best:
+            state.best_metric, state.best_epoch = state.metrics[task.metric], state.epoch + 1
+        _log_images(task, log.writer, state.step, batch, state.deployed)
+        return is_best
+
+    def end_epoch(self, learning_rates: dict[str, float], *, evaluates: bool, is_best: bool, seconds: float) -> Reading:
+        """Counts the epoch as done and saves; gives its mean losses."""
+        state, run = self.state, self.run
+        reading = Reading.mean(state.readings)
+        state.epoch, state.batch, state.readings = state.epoch + 1, 0, []
+        metrics = state.metrics if evaluates else {}
+        state.history.append(
+            epoch_record(state.epoch, state.step, reading, learning_rates, metrics, is_best=is_best, seconds=seconds)
         )
-    checkpoint = load_checkpoint(last_path)
-    if "training" not in checkpoint:
-        raise UserError(f"{last_path} holds weights alone and no state to go on from; is it a copy of a best.pt?")
-    differences = [
-        f"{name} {was!r} -> {now!r}"
-        for name, was, now in _compare(checkpoint["config"], config_record)
-        if name.rpartition(".")[2] not in _FREE_ON_RESUME
-    ]
-    if differences:
-        raise UserError(
-            f"{run_dir} was started with other settings: {'; '.join(differences)}. "
-            f"Resume with the same ones, or start a new run in another --run-dir"
-        )
-    return checkpoint
+        if self.runtime.is_main:
+            extra = self.task.checkpoint_extra()
+            if is_best:
+                state.save_weights(run.best_path, extra)
+            state.save(run.last_path, extra)
+        return reading
 
-
-def _compare(was: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted name and both values of every leaf in which two nested dicts differ."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        for key in [*was, *(key for key in now if key not in was)]:
-            yield from _compare(was.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif was != now:
-        yield name, was, now
+    def _note_skipped(self, skipped: Iterable[str]) -> None:
+        """Names each unreadable image once; ends the run when there are too many."""
+        for text in sorted(set(skipped) - self.skipped):
+            _log.warning("skipped an image that cannot be read: %s", text)
+            self.skipped.add(text)
+        num, total = len(self.skipped), self.task.num_train
+        if num > self.config.num_skipped_allowed(total):
+            raise UserError(self.config.too_many_skipped(sorted(self.skipped), num, total, "training"))
 
 
 def _place_step(step: nn.Module, config: TrainConfig, runtime: Runtime) -> nn.Module:
@@ -441,20 +507,6 @@ def _gradients_stay_local(step: nn.Module, condition: bool) -> contextlib.Abstra
     if condition and isinstance(step, DistributedDataParallel):
         return step.no_sync()
     return contextlib.nullcontext()
-
-
-def _note_skipped(seen: set[str], skipped: Iterable[str], max_share: float, num_train: int) -> None:
-    """Names each unreadable image once and adds it to ``seen``; ends the run when there are too many."""
-    for text in sorted(set(skipped) - seen):
-        _log.warning("skipped an image that cannot be read: %s", text)
-        seen.add(text)
-    if len(seen) > max_share * num_train:
-        named = "; ".join(sorted(seen)[:_NUM_NAMED_IMAGES])
-        more = f"; and {len(seen) - _NUM_NAMED_IMAGES} more" if len(seen) > _NUM_NAMED_IMAGES else ""
-        raise UserError(
-            f"{len(seen)} of {num_train} training images cannot be read, more than --train.max-skipped-share "
-            f"{max_share:g} allows: {named}{more}. Repair them, take them out, or raise the share"
-        )
 
 
 def _check_losses(reading: Reading, epoch: int, step: int) -> None:

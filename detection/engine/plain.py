@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NamedTuple, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -90,15 +90,31 @@ def _with_todays_names(value: Any, wanted: Any, kinds: Kinds, place: str) -> Any
     return result
 
 
-def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
-    """The fields of two configs of one type that differ, each as "dotted.name value" with the second one's value."""
+class Change(NamedTuple):
+    """A field in which two configs differ.
+
+    Attributes:
+        name: dotted.
+        was, now: the values; where a part of the config is of another type, its whole.
+    """
+
+    name: str
+    was: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.now}"
+
+
+def differences(before: Any, after: Any, prefix: str = "") -> list[Change]:
+    """The fields of two configs of one type that differ."""
     found = []
     for name in (field.name for field in fields(before)):
         old, new = getattr(before, name), getattr(after, name)
-        if is_dataclass(old):
+        if is_dataclass(old) and type(old) is type(new):
             found += differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            found.append(f"{prefix}{name} {new}")
+            found.append(Change(f"{prefix}{name}", old, new))
     return found
 
 

@@ -121,3 +121,9 @@ class DetectionConfig:
                 f"backbone_lr_scale must be positive, got {self.backbone_lr_scale}; model.backbone.frozen_stages freezes"
             )
         self.loss.check(self.model)
+        frozen = self.model.backbone.frozen_stages
+        if frozen and self.weights is None and not self.train.resume:
+            raise UserError(
+                f"model.backbone.frozen_stages is {frozen} and there are no weights to start from: random layers would "
+                "stay random; give --weights, or --model.backbone.frozen-stages 0"
+            )

@@ -1,7 +1,9 @@
 """What is trained when a detector is trained: data, network, loss and AP as one task for the engine."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,14 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from backbones.errors import UserError
 from backbones.weights.native import check_statistics
 from detection.data.augment import EvalTransform, TrainTransform
 from detection.data.coco import CocoIndex
-from detection.data.dataset import DetectionDataset
+from detection.data.dataset import DetectionDataset, check_images
 from detection.data.loader import build_loader
 from detection.data.summary import describe
+from detection.engine.loop import TrainConfig
 from detection.engine.runtime import Runtime, seed_everything
 from detection.evaluation.coco_ap import CocoEvaluator
 from detection.evaluation.run import evaluate
@@ -45,8 +49,11 @@ class DetectionTask:
     Args:
         config: validated; its data must name both splits.
         runtime: this process.
+        adopted: of a resumed run, the config that its network was built with. The network is then built as that one, and
+            its weights are left to the checkpoint.
 
     Attributes:
+        config: the config as adopted: with network and loss as the weights to start from need them.
         model: the network.
         step: network and loss, what the engine calls.
         metric: the figure that decides which weights are the best.
@@ -54,13 +61,13 @@ class DetectionTask:
         lr_scales: factor of the learning rate of the backbone.
 
     Raises:
-        UserError, FileNotFoundError: no data, data that does not fit, weights that do not fit.
+        UserError, FileNotFoundError: no data, data that does not fit or is not there, weights that do not fit. What can be
+            known before the first step is checked here.
     """
 
     metric = "AP"
 
-    def __init__(self, config: DetectionConfig, runtime: Runtime) -> None:
-        self.config = config
+    def __init__(self, config: DetectionConfig, runtime: Runtime, adopted: DetectionConfig | None = None) -> None:
         self.runtime = runtime
         train_file, self._train_images = config.data.split("train")
         val_file, self._val_images = config.data.split("val")
@@ -68,32 +75,17 @@ class DetectionTask:
         names = self.train_index.class_names
         self.val_index = CocoIndex.read(val_file).with_categories(self.train_index.category_ids, names)
         _log.info("%s", describe(self.train_index, config.model.input_size))
+        self._evaluator = CocoEvaluator(self.val_index)
         seed_everything(config.train.seed)  # the first weights of new layers
-        self.model = self._build_model()
+        self.config, self.model = _build_model(config, names, adopted)
         self.step = TrainingStep(self.model, self.config.loss.build(self.model))
         self.num_train = len(self.train_index)
         self.lr_scales: Mapping[str, float] = {"backbone.": config.backbone_lr_scale}
         self.postprocess = build_postprocess(self.model.config, config.postprocess, names)
         self._train_loader = self._build_train_loader()
         self._val_loader = self._build_val_loader()
-
-    def _build_model(self) -> Detector:
-        """The network, filled with the weights to start from and built as they need it, which the config then says."""
-        config, names = self.config, self.train_index.class_names
-        if config.weights is None:
-            return build_detector(config.model, len(names))
-        source = read_file(locate(config.weights))
-        config.model, remark = adopt_network(config.model, source, config.weights_part)
-        if remark:
-            _log.info("%s", remark)
-        config.loss, remark = config.loss.fitted(config.model)
-        if remark:
-            _log.info("%s", remark)
-        config.validate()
-        model = build_detector(config.model, len(names))
-        _log.info("%s", start_from(model, source, names, config.weights_part))
-        check_statistics(model.backbone, source.source)
-        return model
+        _require_files(self.train_index, self._train_images, config.train, "training")
+        _require_files(self.val_index, self._val_images, config.train, "validation")
 
     def _build_train_loader(self) -> DataLoader[Any]:
         model, train = self.config.model, self.config.train
@@ -133,11 +125,22 @@ class DetectionTask:
     def train_loader(self) -> DataLoader[Any]:
         return self._train_loader
 
+    def data_fingerprint(self) -> dict[str, int | str]:
+        """The training images, their boxes and classes; not where they lie."""
+        index = self.train_index
+        digest = hashlib.sha256("\0".join(index.class_names).encode())
+        for values in (index.image_ids, index.sizes, index.offsets, index.xywh, index.labels, index.usable):
+            digest.update(values.tobytes())
+        return {"images": len(index), "boxes": len(index.labels), "content": digest.hexdigest()[:16]}
+
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The twelve COCO figures on the validation images."""
-        evaluator = CocoEvaluator(self.val_index)
-        runner = TorchRunner(model, self.runtime.device, self.config.train.amp)
-        evaluate(runner, self._val_loader, self.postprocess, evaluator)
+        """The twelve COCO figures on the validation images, in float32 whatever the training computes in.
+
+        So they are those that an evaluation of the checkpoint gives.
+        """
+        evaluator = self._evaluator
+        evaluator.reset()
+        evaluate(TorchRunner(model, self.runtime.device), self._val_loader, self.postprocess, evaluator)
         evaluator.merge_across_processes()
         return evaluator.compute().figures if self.runtime.is_main else {}
 
@@ -171,3 +174,43 @@ class DetectionTask:
         found = [d.above(_SHOWN_SCORE) for d in self.postprocess(raw, placements, sizes)]
         drawn = [draw_detections(np.ascontiguousarray(image), d) for image, d in zip(images, found, strict=True)]
         writer.add_image("training/predictions", image_grid(drawn), step, dataformats="HWC")
+
+
+def _build_model(
+    config: DetectionConfig, names: tuple[str, ...], adopted: DetectionConfig | None
+) -> tuple[DetectionConfig, Detector]:
+    """The config as adopted, which is another object than ``config``, and its network.
+
+    The network is filled with the weights to start from, or built as ``adopted`` says and left to a checkpoint.
+    """
+    if adopted is not None:
+        config = replace(config, model=adopted.model, loss=adopted.loss)
+        return config, build_detector(config.model, len(names))
+    if config.weights is None:
+        return replace(config), build_detector(config.model, len(names))
+    source = read_file(locate(config.weights))
+    model_config, remark = adopt_network(config.model, source, config.weights_part)
+    if remark:
+        _log.info("%s", remark)
+    loss_config, remark = config.loss.fitted(model_config)
+    if remark:
+        _log.info("%s", remark)
+    config = replace(config, model=model_config, loss=loss_config)
+    config.validate()
+    model = build_detector(config.model, len(names))
+    _log.info("%s", start_from(model, source, names, config.weights_part))
+    check_statistics(model.backbone, source.source)
+    return config, model
+
+
+def _require_files(index: CocoIndex, folder: Path, config: TrainConfig, which: str) -> None:
+    """Refuses a split of which more images are missing than may be unreadable.
+
+    Raises:
+        UserError: names some of them.
+    """
+    missing = [f"{folder / name}: there is no such file" for name in check_images(index, folder)]
+    if len(missing) > config.num_skipped_allowed(len(index)):
+        raise UserError(config.too_many_skipped(missing, len(missing), len(index), which))
+    if missing:
+        _log.warning("%d of %d %s images are not there, first %s", len(missing), len(index), which, missing[0])

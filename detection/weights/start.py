@@ -60,7 +60,7 @@ def adopt_network(config: DetectorConfig, source: Source, part: Part = "all") ->
     adopted = adopted.replaced(backbone=backbone, mean=config.mean or mean, std=config.std or std)
     usual = config.replaced(mean=config.mean or IMAGENET_MEAN, std=config.std or IMAGENET_STD)  # what None becomes
     changes = differences(usual, adopted)
-    return adopted, f"the network is built as {file.source} needs it: {', '.join(changes)}" if changes else ""
+    return adopted, f"the network is built as {file.source} needs it: {', '.join(map(str, changes))}" if changes else ""
 
 
 def start_from(model: Detector, source: Source, class_names: tuple[str, ...], part: Part = "all") -> str:
