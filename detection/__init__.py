@@ -1,6 +1,8 @@
 """Object detection with a MobileNetV2 backbone and an SSDLite head."""
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,6 +10,13 @@ if TYPE_CHECKING:
     from detection.images.draw import draw_detections
     from detection.inference.predictor import Predictor, load_detector
     from detection.structures import Detections
+
+# Threads of torch's operators wait for each other in a loop, and where another process has a core they wait for one that does
+# not run: on two cores with one busy a prediction of 17 ms took 44. GNU's OpenMP, which torch has on Linux, reads how long to
+# loop before sleeping when torch is loaded. 1,000 rounds cost nothing that can be measured on a quiet machine; to sleep at
+# once (OMP_WAIT_POLICY=PASSIVE) costs up to a third of a small prediction there.
+if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+    os.environ["GOMP_SPINCOUNT"] = "1000"
 
 __all__ = ["DetectionTable", "Detections", "Predictor", "draw_detections", "load_detector"]
 

@@ -1,5 +1,6 @@
 """Device, seeds, and how a tool ends."""
 
+import ast
 import copy
 import os
 import random
@@ -280,6 +281,26 @@ def test_error_of_one_process_is_told_before_the_group_ends() -> None:
     assert "error" not in told[0]
     lines = told[1].splitlines()
     assert lines == ["[1] error: no such image", "the group ends"], "once, and first"
+
+
+def variables(code: str, **own: str) -> list[str]:
+    """GOMP_SPINCOUNT and OMP_WAIT_POLICY after ``code`` ran in a process that has them from ``own`` alone."""
+    environment = {name: value for name, value in os.environ.items() if name not in _WAITING} | own
+    code += "; import os; print([os.environ.get(name) for name in ('GOMP_SPINCOUNT', 'OMP_WAIT_POLICY')])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return ast.literal_eval(done.stdout)
+
+
+_WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+def test_waiting_threads_soon_sleep() -> None:
+    assert variables("import detection; import torch") == ["1000", None]
+    assert variables("import detection", GOMP_SPINCOUNT="7") == ["7", None]
+    assert variables("import detection", OMP_WAIT_POLICY="ACTIVE") == [None, "ACTIVE"]
+    assert variables("import sys; sys.modules['torch'] = sys; import detection") == [None, None], (
+        "torch has read it: nothing is to be changed"
+    )
 
 
 @pytest.mark.parametrize("error", [TypeError("ours"), KeyError("ours"), RuntimeError("ours")])
