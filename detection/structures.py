@@ -47,6 +47,7 @@ class Sample:
         original_size: (height, width) of the image on disk.
         placement: where the image on disk lies in ``image``. Meaningless after a random flip or crop.
         skipped: "path: reason" of every unreadable image that this one replaces.
+        damaged: "path: what the decoder says" of an image that decoded to partly wrong pixels; "" for all others.
     """
 
     image: NDArray[np.uint8]
@@ -56,6 +57,7 @@ class Sample:
     original_size: tuple[int, int]
     placement: Placement
     skipped: tuple[str, ...] = ()
+    damaged: str = ""
 
 
 class Target(NamedTuple):
@@ -83,6 +85,7 @@ class Batch:
         original_sizes: int64 [B, 2], (height, width) of each image on disk. Stays on the host.
         placements: float32 [B, 4], the fields of ``Placement`` in their order. Stays on the host.
         skipped: "path: reason" of every image that could not be read while this batch was made.
+        damaged: "path: what the decoder says" of every image in it that decoded to partly wrong pixels.
     """
 
     images: Tensor
@@ -93,6 +96,7 @@ class Batch:
     original_sizes: Tensor
     placements: Tensor
     skipped: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.images)

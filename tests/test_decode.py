@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from detection.images import decode
 from detection.images.decode import (
     IMAGE_SUFFIXES,
     EncodedImage,
@@ -168,3 +169,29 @@ def test_every_suffix_is_read(tmp_path: Path) -> None:
         Image.fromarray(draw((40, 60))).convert("L" if suffix == ".pgm" else "RGB").save(path)
         assert read_image(path).shape == (40, 60, 3)
         assert torch.from_numpy(read_image(path)).dtype == torch.uint8
+
+
+def test_damage_in_the_middle_of_a_jpeg_is_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    whole = encode(draw((48, 64)), "JPEG")
+    damaged = whole[: len(whole) * 2 // 3] + b"\xff\xd9"  # the scan breaks off, the end is there
+    (tmp_path / "a.jpg").write_bytes(damaged)
+    image = EncodedImage(tmp_path / "a.jpg", watch=True)
+    assert image.damage == ""
+    assert image.decode().shape == (48, 64, 3)
+    assert image.damage.startswith("Corrupt JPEG data: premature end of data segment")
+    assert capfd.readouterr().err == ""  # told by whoever asked, not by the library
+
+    (tmp_path / "a.jpg").write_bytes(whole)
+    image = EncodedImage(tmp_path / "a.jpg", watch=True)
+    image.decode()
+    assert image.damage == ""
+    os.write(2, b"still here\n")
+    assert capfd.readouterr().err == "still here\n"
+
+
+def test_what_others_print_meanwhile_is_not_lost(capfd: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    with decode._listening(said, True):
+        os.write(2, b"CUDA says something\nCorrupt JPEG data: 3 extraneous bytes\n")
+    assert said == ["CUDA says something", "Corrupt JPEG data: 3 extraneous bytes"]
+    assert capfd.readouterr().err == "CUDA says something\n"

@@ -37,6 +37,7 @@ class Points:
     x: Tensor
     y: Tensor
     skipped: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -57,6 +58,7 @@ class Loader:
         self.rank, self.world_size = rank, world_size
         self.epochs: list[int] = []
         self.skipped: dict[int, list[str]] = {}
+        self.damaged: dict[int, list[str]] = {}
 
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
@@ -68,7 +70,7 @@ class Loader:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(self.epochs[-1]))
         for i in range(len(self)):
             rows = order[i * self.batch_size : (i + 1) * self.batch_size].chunk(self.world_size)[self.rank]
-            yield Points(self.x[rows], self.y[rows], self.skipped.get(i, []))
+            yield Points(self.x[rows], self.y[rows], self.skipped.get(i, []), self.damaged.get(i, []))
 
 
 class SquaredDistance(nn.Module):
@@ -752,3 +754,12 @@ def test_two_processes_with_half_batches_equal_one_with_the_whole(tmp_path: Path
         assert ours["metrics"]["score"] == pytest.approx(result.metrics["score"], rel=1e-5)
         assert losses_of(tmp_path / f"run 0 {accumulate}") == pytest.approx(losses_of(tmp_path / "alone"), rel=1e-5)
         assert not (tmp_path / f"run 1 {accumulate}").exists()  # process 0 alone writes
+
+
+def test_damaged_images_are_named_once_and_trained_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = PointsTask()
+    task.loader.damaged = {0: ["a.jpg: Corrupt JPEG data"], 1: ["b.jpg: Corrupt JPEG data"]}
+    run(task, config_of(max_skipped_share=0.0, epochs=2), tmp_path / "run")
+    named = [record.getMessage() for record in caplog.records if "damaged image is used" in record.getMessage()]
+    assert named == [f"a damaged image is used as it decodes: {name}.jpg: Corrupt JPEG data" for name in "ab"]
+    assert "2 damaged training images were used as they decode" in caplog.text

@@ -21,7 +21,7 @@ from detection.classification.config import TransformConfig
 from detection.data.loader import EpochSampler
 from detection.engine.runtime import Runtime
 from detection.engine.workers import BatchLoader
-from detection.images.decode import IMAGE_SUFFIXES, UnreadableImageError, read_image
+from detection.images.decode import IMAGE_SUFFIXES, EncodedImage, UnreadableImageError
 
 _NUM_SUBSTITUTES = 20  # unreadable images in a row before a training sample gives up
 _NUM_NAMED = 8  # classes or files named in a message
@@ -155,11 +155,13 @@ class ClassifiedImage(NamedTuple):
         image: uint8 [H, W, 3], RGB, at the network's input size; None for an image of an evaluation that is unreadable.
         label: 0 .. K-1.
         skipped: "path: reason" of every unreadable image in whose place this one stands.
+        damaged: "path: what the decoder says" of an image that decoded to partly wrong pixels; "" for all others.
     """
 
     image: NDArray[np.uint8] | None
     label: int
     skipped: tuple[str, ...] = ()
+    damaged: str = ""
 
 
 class ClassificationDataset(Dataset[ClassifiedImage]):
@@ -187,12 +189,15 @@ class ClassificationDataset(Dataset[ClassifiedImage]):
             positions += substitutes.tolist()
         for place in positions:
             try:
-                image = read_image(self.folder.path(place))
+                encoded = EncodedImage(self.folder.path(place), watch=True)
+                image = encoded.decode()
             except UnreadableImageError as error:
                 skipped.append(str(error))
                 continue
             label = int(self.folder.labels[place])
-            return ClassifiedImage(self.transform(image, epoch, place), label, tuple(dict.fromkeys(skipped)))
+            damaged = f"{encoded.path}: {encoded.damage}" if encoded.damage else ""
+            changed = self.transform(image, epoch, place)
+            return ClassifiedImage(changed, label, tuple(dict.fromkeys(skipped)), damaged)
         if self.training:
             raise UnreadableImageError(f"{len(skipped)} images in a row cannot be read; the first: {skipped[0]}")
         return ClassifiedImage(None, int(self.folder.labels[position]), tuple(skipped))
@@ -206,11 +211,13 @@ class ClassificationBatch:
         images: uint8 [B, 3, H, W], RGB, channels-last in memory.
         labels: int64 [B].
         skipped: "path: reason" of every image that could not be read while this batch was made.
+        damaged: "path: what the decoder says" of every image in it that decoded to partly wrong pixels.
     """
 
     images: Tensor
     labels: Tensor
     skipped: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -237,6 +244,7 @@ def collate(samples: Sequence[ClassifiedImage]) -> ClassificationBatch:
         images=torch.from_numpy(images).permute(0, 3, 1, 2),
         labels=torch.tensor([label for _, label in kept], dtype=torch.int64),
         skipped=[reason for sample in samples for reason in sample.skipped],
+        damaged=[sample.damaged for sample in samples if sample.damaged],
     )
 
 

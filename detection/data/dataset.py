@@ -125,7 +125,7 @@ class DetectionDataset(Dataset[Sample | SkippedSample]):
 
     def _open(self, position: int) -> tuple[EncodedImage, bool]:
         """An image, and whether its boxes count pixels of it as shown."""
-        image = EncodedImage(self.image_dir / self.index.file_name(position), self.max_pixels)
+        image = EncodedImage(self.image_dir / self.index.file_name(position), self.max_pixels, watch=True)
         size, header = self.index.size(position), image.header
         turn = _is_turned(header, size, int(self._exif[position]))
         (height, width) = actual = header.shown_size if turn else header.size
@@ -150,6 +150,7 @@ class DetectionDataset(Dataset[Sample | SkippedSample]):
             original_size=size,
             placement=placed.placement,
             skipped=skipped,
+            damaged=f"{image.path}: {image.damage}" if image.damage else "",
         )
 
 

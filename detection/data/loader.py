@@ -85,6 +85,7 @@ def collate(samples: Sequence[Sample | SkippedSample]) -> Batch:
         original_sizes=torch.tensor([sample.original_size for sample in kept], dtype=torch.int64).reshape(B, 2),
         placements=torch.tensor([sample.placement for sample in kept], dtype=torch.float32).reshape(B, 4),
         skipped=skipped,
+        damaged=[sample.damaged for sample in kept if sample.damaged],
     )
 
 

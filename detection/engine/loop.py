@@ -36,9 +36,11 @@ class TrainBatch(Protocol):
 
     Attributes:
         skipped: "path: reason" of every image that could not be read while this batch was made.
+        damaged: "path: what the decoder says" of every image in it that decoded to partly wrong pixels.
     """
 
     skipped: list[str]
+    damaged: list[str]
 
     def __len__(self) -> int:
         """Number of images."""
@@ -275,6 +277,8 @@ def train(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -> T
 
     if loop.skipped and runtime.is_main:
         _log.warning("%d unreadable training images were skipped; they are named above", len(loop.skipped))
+    if loop.damaged and runtime.is_main:
+        _log.warning("%d damaged training images were used as they decode; they are named above", len(loop.damaged))
     return TrainResult(
         metrics=state.metrics,
         best_metric=state.best_metric,
@@ -344,6 +348,7 @@ class _Loop:
         parameters: what is trained.
         num_batches: of an epoch.
         skipped: images that could not be read so far.
+        damaged: images that decoded to partly wrong pixels so far.
     """
 
     task: Task
@@ -356,6 +361,7 @@ class _Loop:
     parameters: list[nn.Parameter]
     num_batches: int
     skipped: set[str] = field(default_factory=set)
+    damaged: set[str] = field(default_factory=set)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -371,6 +377,7 @@ class _Loop:
         meter = Meter(runtime)
         for batch, wait_seconds in with_wait(self.loader):
             self._note_skipped(batch.skipped)
+            self._note_damaged(batch.damaged)
             batch = batch.to(runtime.device, non_blocking=True)
             if log.writer is not None and state.step == 0 and state.batch == 0:
                 _log_images(self.task, log.writer, state.step, batch, state.model)
@@ -426,6 +433,7 @@ class _Loop:
         """Brings the processes together after the last step: what cannot be read, what the batch norms saw."""
         _check_weights(self.parameters, self.state.epoch, self.state.step)
         self._note_skipped(self.runtime.union_over_processes(self.skipped))
+        self._note_damaged(self.runtime.union_over_processes(self.damaged))
         # DDP sends process 0's before a step; after the last one they differ
         self.runtime.average_buffers(self.state.model)
         if self.state.ema:
@@ -463,6 +471,12 @@ class _Loop:
                 state.save_weights(run.best_path, extra)
             state.save(run.last_path, extra)
         return reading
+
+    def _note_damaged(self, damaged: Iterable[str]) -> None:
+        """Names each damaged image once; it is trained on as it decodes."""
+        for text in sorted(set(damaged) - self.damaged):
+            _log.warning("a damaged image is used as it decodes: %s", text)
+            self.damaged.add(text)
 
     def _note_skipped(self, skipped: Iterable[str]) -> None:
         """Names each unreadable image once; ends the run when there are too many."""

@@ -18,7 +18,7 @@ from detection.structures import Batch, Detections, RawPredictions, Runner, devi
 
 _log = logging.getLogger(__name__)
 
-_NUM_NAMED = 10  # unreadable images that a warning names before it only counts
+_NUM_NAMED = 10  # unreadable or damaged images that a warning names before it only counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,12 +84,14 @@ def evaluate(
     clock = _Clock(device) if timing else None
     num_images = 0
     unreadable: list[str] = []
+    damaged: list[str] = []
     bar = tqdm(
         loader, desc="evaluation", unit="batch", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()
     )
     try:
         for batch in bar:
             unreadable += batch.skipped
+            damaged += batch.damaged
             if not len(batch):
                 continue
             images = batch.images.to(device, non_blocking=True)  # the rest is for the host
@@ -106,14 +108,19 @@ def evaluate(
             num_images += len(batch)
     finally:
         bar.close()
-    for reason in unreadable[:_NUM_NAMED]:
-        _log.warning("cannot be read, counts as an image in which nothing was found: %s", reason)
-    if len(unreadable) > _NUM_NAMED:
-        _log.warning("... and %d more", len(unreadable) - _NUM_NAMED)
+    _warn("cannot be read, counts as an image in which nothing was found: %s", unreadable)
+    _warn("a damaged image is evaluated as it decodes: %s", damaged)
     evaluator.note_unreadable(unreadable)
     if clock is None:
         return None
     return EvaluationTiming(**{name: 1000 * spent / max(num_images, 1) for name, spent in clock.spent.items()})
+
+
+def _warn(message: str, images: list[str]) -> None:
+    for text in images[:_NUM_NAMED]:
+        _log.warning(message, text)
+    if len(images) > _NUM_NAMED:
+        _log.warning("... and %d more", len(images) - _NUM_NAMED)
 
 
 class _Clock:

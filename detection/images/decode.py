@@ -8,12 +8,16 @@
 * Depth: of 16 bits a channel the upper eight are taken. Where no value needs more than twelve bits they are taken as
   twelve, as scanners and industrial cameras write them; the image would be all but black otherwise.
 * Damage: what does not decode, and a JPEG or PNG without its end, is unreadable. Damage in the middle of a JPEG shows in
-  nothing but wrong pixels and libjpeg's own line on the error stream; to find it costs a second decoding.
+  nothing but wrong pixels and a line of libjpeg's on the error stream, which ``EncodedImage(watch=True)`` catches.
 """
 
 import os
 import stat
+import tempfile
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -74,17 +78,22 @@ class EncodedImage:
     Args:
         path: the file.
         max_pixels: width times height above which it is refused.
+        watch: listen to what the JPEG library says of damage. For one thread at a time: what other threads print
+            meanwhile on the error stream is printed a moment later.
 
     Attributes:
         header: size as stored and orientation.
+        damage: what the JPEG library said while the image was decoded; "" where it said nothing, or nobody listened.
 
     Raises:
         MissingImageError: no such file.
         UnreadableImageError: no regular file, too large, or its header makes no sense.
     """
 
-    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS, *, watch: bool = False) -> None:
         self.path = path
+        self.damage = ""
+        self._watch = watch
         self._encoded = _read_bytes(path)
         try:
             self.header = read_header(self._encoded)
@@ -137,16 +146,62 @@ class EncodedImage:
         return image
 
     def _decode(self, flags: int) -> NDArray[np.uint8]:
-        try:
-            image = cv2.imdecode(np.frombuffer(self._encoded, np.uint8), flags)
-        except (cv2.error, MemoryError):
-            image = None
+        said: list[str] = []
+        with _listening(said, self._watch and self.header.kind == "jpeg"):
+            try:
+                image = cv2.imdecode(np.frombuffer(self._encoded, np.uint8), flags)
+            except (cv2.error, MemoryError):
+                image = None
+        self.damage = "; ".join(dict.fromkeys(line for line in said if "JPEG" in line.upper()))
         if image is None:
             raise self._undecodable()
         return np.asarray(image)
 
     def _undecodable(self) -> UnreadableImageError:
         return UnreadableImageError(f"{self.path}: the image does not decode ({len(self._encoded)} bytes)")
+
+
+_one_listens = threading.Lock()
+_heard: dict[int, int] = {}  # process -> descriptor of the file that stands in for its error stream
+
+
+@contextmanager
+def _listening(said: list[str], listen: bool) -> Iterator[None]:
+    """Collects the lines that C libraries print on the error stream; those that are not of a JPEG are printed afterwards.
+
+    Where another thread listens already, or the process has no error stream, nothing is collected. It costs four system
+    calls, microseconds.
+    """
+    if not listen or not _one_listens.acquire(blocking=False):
+        yield
+        return
+    try:
+        try:
+            stream = os.dup(2)
+        except OSError:
+            yield
+            return
+        file = _heard.get(os.getpid())
+        if file is None:  # after a fork, too: the two would share a position in the file
+            with tempfile.TemporaryFile() as temporary:
+                file = _heard[os.getpid()] = os.dup(temporary.fileno())
+        os.dup2(file, 2)
+        try:
+            yield
+        finally:
+            os.dup2(stream, 2)
+            size = os.fstat(file).st_size
+            if size:
+                os.lseek(file, 0, os.SEEK_SET)
+                lines = os.read(file, size).decode(errors="replace").splitlines()
+                os.ftruncate(file, 0)
+                os.lseek(file, 0, os.SEEK_SET)
+                said += lines
+                if other := [line for line in lines if "JPEG" not in line.upper()]:
+                    os.write(stream, ("\n".join(other) + "\n").encode())
+            os.close(stream)
+    finally:
+        _one_listens.release()
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
