@@ -172,8 +172,8 @@ def test_every_suffix_is_read(tmp_path: Path) -> None:
 
 
 def test_damage_in_the_middle_of_a_jpeg_is_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    whole = encode(draw((48, 64)), "JPEG")
-    damaged = whole[: len(whole) * 2 // 3] + b"\xff\xd9"  # the scan breaks off, the end is there
+    whole = encode(np.random.default_rng(0).integers(256, size=(48, 64, 3), dtype=np.uint8), "JPEG")
+    damaged = whole[: len(whole) * 3 // 4] + b"\xff\xd9"  # the scan breaks off, the end is there
     (tmp_path / "a.jpg").write_bytes(damaged)
     image = EncodedImage(tmp_path / "a.jpg", watch=True)
     assert image.damage == ""
