@@ -46,7 +46,7 @@ class FakeDetector:
 @pytest.fixture
 def detector(monkeypatch: pytest.MonkeyPatch) -> FakeDetector:
     fake = FakeDetector()
-    monkeypatch.setattr(demo_video, "load_detector", lambda path, device, score_threshold: fake)
+    monkeypatch.setattr("detection.inference.predictor.load_detector", lambda path, device, score_threshold: fake)
     return fake
 
 
@@ -98,7 +98,7 @@ def test_video_and_lines(video: Path, detector: FakeDetector, capsys: pytest.Cap
 
 def test_drawn_video_keeps_every_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     nothing = Detections(boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0, dtype=torch.int64))
-    monkeypatch.setattr(demo_video, "load_detector", lambda *_, **__: lambda image: nothing)
+    monkeypatch.setattr("detection.inference.predictor.load_detector", lambda *_, **__: lambda image: nothing)
     write_video(tmp_path / "video.mp4", (frame.image for frame in draw_video_frames(9, (96, 96), seed=0)), 25)
     _, lines = run(tmp_path / "video.mp4")
     assert len(lines) == 9
@@ -219,7 +219,7 @@ def test_passes_score_and_device_on(video: Path, monkeypatch: pytest.MonkeyPatch
         given.update(path=path, device=device, score=score_threshold)
         return FakeDetector()
 
-    monkeypatch.setattr(demo_video, "load_detector", load)
+    monkeypatch.setattr("detection.inference.predictor.load_detector", load)
     run(video)
     assert given == {"path": Path("best.pt"), "device": "auto", "score": 0.4}
     run(video, "--score", "0.7", "--device", "cpu")

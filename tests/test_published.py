@@ -86,7 +86,7 @@ def publish(monkeypatch: pytest.MonkeyPatch, name: str, url: str, sha256: str, k
         kind=kind, url=url, sha256=sha256, sha256_from="a test", licence="CC0-1.0", figure="", input="", classes=""
     )
     monkeypatch.setattr(module, "published", lambda: {name: entry})
-    monkeypatch.setattr("detection.cli.convert_weights.published", lambda: {name: entry})
+    monkeypatch.setattr("detection.weights.hub.published", lambda: {name: entry})
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from detection.cli import eval as eval_det
 from detection.cli import quickstart, train_cls
 from detection.cli import train as train_det
-from detection.cli import video as demo_video
+from detection.inference import predictor
 from detection.inference.video import FrameReader
 from detection.structures import Detections
 
@@ -40,7 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     monkeypatch.setattr(train_det, "main", fake("train_det", SimpleNamespace(best_path=Path("some/best.pt"))))
     figures = {"AP": 0.6543219, "AP50": 0.91, "AP75": 0.7}
     monkeypatch.setattr(eval_det, "main", fake("eval_det", SimpleNamespace(figures=figures)))
-    for module in (quickstart, demo_video):
+    for module in (quickstart, predictor):
         monkeypatch.setattr(module, "load_detector", lambda *_, **__: nothing_but_a_star)
     return calls
 

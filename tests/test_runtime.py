@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from backbones.errors import UserError
 from detection.cli import train, train_cls
+from detection.engine.errors import main_errors
 from detection.engine.loop import TrainConfig
-from detection.engine.runtime import Runtime, choose_device, main_errors, open_runtime, seed_everything
+from detection.engine.runtime import Runtime, choose_device, open_runtime, seed_everything
 
 
 def test_one_process_on_a_cpu() -> None:
@@ -235,7 +236,7 @@ def test_ctrl_c_of_a_training(capsys: pytest.CaptureFixture[str], monkeypatch: p
     for tool in (train, train_cls):
         monkeypatch.setattr(tool, "load_config", interrupted)
         with pytest.raises(SystemExit) as ended:
-            tool.main([])
+            tool.main(["a:recipe"])
         assert ended.value.code == 130
         assert "--train.resume" in capsys.readouterr().err
 
@@ -244,7 +245,8 @@ _TWO_PROCESSES = """
 import sys
 from backbones.errors import UserError
 import torch.distributed as dist
-from detection.engine.runtime import main_errors, open_runtime
+from detection.engine.errors import main_errors
+from detection.engine.runtime import open_runtime
 
 destroy = dist.destroy_process_group
 def slow_end():

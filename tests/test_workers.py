@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, SequentialSampler
 
 from backbones.errors import UserError
-from detection.engine.runtime import main_errors
+from detection.engine.errors import main_errors
 from detection.engine.workers import BatchLoader, clear_failures
 
 
@@ -101,7 +101,7 @@ def test_small_shared_memory_ends_with_a_message() -> None:
     code = """
 import torch
 from torch.utils.data import SequentialSampler
-from detection.engine.runtime import main_errors
+from detection.engine.errors import main_errors
 from detection.engine.workers import BatchLoader
 
 @main_errors

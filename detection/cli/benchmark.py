@@ -22,7 +22,7 @@ from detection.benchmark.environment import environment
 from detection.benchmark.inputs import find_images, open_inputs
 from detection.benchmark.stages import STAGES
 from detection.benchmark.timing import Comparison, row
-from detection.engine.runtime import main_errors
+from detection.engine.errors import main_errors
 from detection.evaluation.table import write_json
 
 

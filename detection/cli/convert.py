@@ -4,18 +4,20 @@ $ litedet convert voc  --annotations DIR --images DIR [--list FILE] --out FILE.j
 $ litedet convert yolo --images DIR --labels DIR --names FILE --out FILE.json
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from detection.cli.outputs import refuse_overwrites
-from detection.data.formats.voc import convert_voc
-from detection.data.formats.writer import ConversionReport
-from detection.data.formats.yolo import convert_yolo
-from detection.engine.runtime import main_errors
+from detection.engine.errors import main_errors
+
+if TYPE_CHECKING:
+    from detection.data.formats.writer import ConversionReport
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> ConversionReport:
     command: Voc | Yolo = tyro.cli(Command, args=argv, description=__doc__)
     read = {f"--{name}": getattr(command, name, None) for name in ("annotations", "images", "labels", "list", "names")}
     refuse_overwrites(read, {"--out": command.out})
+
+    from detection.data.formats.voc import convert_voc  # here, because they load torch
+    from detection.data.formats.yolo import convert_yolo
+
     if isinstance(command, Voc):
         report = convert_voc(
             command.annotations,

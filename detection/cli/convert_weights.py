@@ -8,29 +8,27 @@ timm, TensorFlow Lite classifiers, frozen graphs of ssdlite_mobilenet_v2, SSDLit
 mmdetection, and the best.pt or last.pt of a training here.
 """
 
+from __future__ import annotations
+
 import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
-import torch
 import tyro
 from numpy.typing import NDArray
 
-from backbones.classifier import Classifier
 from backbones.errors import UserError
-from backbones.state import write_whole
-from backbones.weights.foreign import to_timm, to_torchvision
-from detection.classification.config import TransformConfig
-from detection.classification.data import EvalTransform
 from detection.cli.outputs import refuse_overwrites
-from detection.engine.runtime import main_errors
+from detection.engine.errors import main_errors
 from detection.images.decode import IMAGE_SUFFIXES, UnreadableImageError, read_image
-from detection.weights.hub import fetch, published
-from detection.weights.recognition import Converted, convert
+
+if TYPE_CHECKING:  # what loads torch is imported when the command line is parsed
+    from detection.classification.data import EvalTransform
+    from detection.weights.recognition import Converted
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> Converted | None:
         return None
     config = tyro.cli(ConvertConfig, args=arguments, description=__doc__)
     config.validate()
+
+    from detection.weights.hub import fetch, published
+    from detection.weights.recognition import convert
+
     entry = None if Path(config.source).exists() else published().get(config.source)
     path = fetch(config.source) if entry is not None else Path(config.source)
     images = None
@@ -101,6 +103,9 @@ def sample_images(folder: Path, number: int, size: int) -> Iterator[NDArray[np.u
         FileNotFoundError: no such folder.
         UserError: no images in it.
     """
+    from detection.classification.config import TransformConfig
+    from detection.classification.data import EvalTransform
+
     if not folder.is_dir():
         raise FileNotFoundError(f"--statistics-from {folder} is not a folder")
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -132,12 +137,20 @@ def read_class_names(given: str | None) -> tuple[str, ...]:
 
 def print_published() -> None:
     """The published weights, a paragraph each."""
+    from detection.weights.hub import published
+
     for name, entry in published().items():
         print(f"{name}: {entry.kind}, {entry.figure or 'no published figure'}, {entry.input}, {entry.licence}")
         print(f"  {entry.url}")
 
 
 def _save_theirs(converted: Converted, layout: Literal["torchvision", "timm"], out: Path) -> None:
+    import torch
+
+    from backbones.classifier import Classifier
+    from backbones.state import write_whole
+    from backbones.weights.foreign import to_timm, to_torchvision
+
     if not isinstance(converted.model, Classifier):
         raise UserError(f"only classifiers go to {layout}'s layout; this is a {type(converted.model).__name__}")
     state = to_torchvision(converted.model) if layout == "torchvision" else to_timm(converted.model)

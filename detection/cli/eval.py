@@ -1,50 +1,39 @@
 """Measure a detector's COCO AP on images with a COCO json.
 
 $ litedet eval RUN/best.pt --annotations FILE --images DIR --json OUT.json
- $ litedet eval --from-predictions FILE --annotations FILE
+$ litedet eval --from-predictions FILE --annotations FILE
 """
+
+from __future__ import annotations
 
 import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import tyro
 
 from backbones.errors import UserError
 from detection.cli.outputs import refuse_overwrites
-from detection.data.augment import EvalTransform
-from detection.data.coco import CocoIndex
-from detection.data.dataset import DetectionDataset, ExifRule
-from detection.data.loader import build_loader
-from detection.engine.runtime import choose_device, main_errors
-from detection.evaluation.coco_ap import (
-    Backend,
-    CocoEvaluator,
-    EvaluationResult,
-    coco_ap,
-)
-from detection.evaluation.run import EvaluationTiming, evaluate
-from detection.evaluation.table import read_coco_results, write_json
+from detection.engine.errors import main_errors
 from detection.images.decode import MAX_PIXELS
-from detection.inference import runners
-from detection.postprocess import build_postprocess
-from detection.weights.hub import locate
-from detection.weights.native import read_detector
+
+if TYPE_CHECKING:  # what loads torch is imported when the command line is parsed
+    from detection.evaluation.coco_ap import EvaluationResult
+    from detection.evaluation.run import EvaluationTiming
 
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
     checkpoint: tyro.conf.Positional[Path | None] = None
-    """A training's best.pt, a detector's .safetensors, or a published name (tools/convert_weights.py --list)."""
+    """A training's best.pt, a detector's .safetensors, or a published name (litedet convert-weights --list)."""
     annotations: Path
     """A COCO json. Its classes are matched with the detector's by name; it may have fewer."""
     images: Path | None = None
     """The folder that the file names in it start from. Needed with a checkpoint."""
-    exif: ExifRule = "auto"
+    exif: Literal["auto", "applied", "ignored"] = "auto"
     """Which pixels boxes count where EXIF turns an image without changing its size: of the turned image (applied) or as
     stored (ignored). auto: what the annotation file says, else applied, with a warning."""
     max_pixels: int = MAX_PIXELS
@@ -57,9 +46,9 @@ class EvalConfig:
     """Write the detections here, as a COCO result json."""
     classes: tuple[str, ...] = ()
     """Evaluate these classes alone, by name. None given: all."""
-    backend: Backend = "faster"
+    backend: Literal["faster", "pycocotools"] = "faster"
     """Who computes AP. Both give the same figures; pycocotools is the reference and takes 12 times as long."""
-    runner: runners.Backend = "torch"
+    runner: Literal["torch", "compile", "onnxruntime", "openvino"] = "torch"
     """What runs the network. compile needs a C++ compiler; onnxruntime and openvino run on the CPU and need
     pip install 'litedet[export]'."""
     batch_size: int = 32
@@ -112,12 +101,18 @@ def main(argv: Sequence[str] | None = None) -> EvaluationResult:
     if config.predictions is not None:
         print(f"{result.num_detections} detections written to {config.predictions}")
     if config.json is not None:
+        from detection.evaluation.table import write_json
+
         write_json(config.json, report(config, result, timing))
         print(f"figures written to {config.json}")
     return result
 
 
 def _measure_file(config: EvalConfig) -> tuple[EvaluationResult, None]:
+    from detection.data.coco import CocoIndex
+    from detection.evaluation.coco_ap import coco_ap
+    from detection.evaluation.table import read_coco_results
+
     assert config.from_predictions is not None
     index = CocoIndex.read(config.annotations)
     detections = read_coco_results(config.from_predictions, index)
@@ -125,6 +120,20 @@ def _measure_file(config: EvalConfig) -> tuple[EvaluationResult, None]:
 
 
 def _measure_detector(config: EvalConfig) -> tuple[EvaluationResult, EvaluationTiming]:
+    import numpy as np
+
+    from detection.data.augment import EvalTransform
+    from detection.data.coco import CocoIndex
+    from detection.data.dataset import DetectionDataset
+    from detection.data.loader import build_loader
+    from detection.engine.runtime import choose_device
+    from detection.evaluation.coco_ap import CocoEvaluator
+    from detection.evaluation.run import evaluate
+    from detection.inference.runners import build_runner
+    from detection.postprocess import build_postprocess
+    from detection.weights.hub import locate
+    from detection.weights.native import read_detector
+
     assert config.checkpoint is not None
     assert config.images is not None
     device = choose_device(config.device)
@@ -134,7 +143,7 @@ def _measure_detector(config: EvalConfig) -> tuple[EvaluationResult, EvaluationT
     if config.nms_threshold is not None:
         info.postprocess.nms_threshold = config.nms_threshold
     postprocess = build_postprocess(info.model, info.postprocess, info.class_names)
-    runner = runners.build_runner(model, config.runner, device, config.amp)
+    runner = build_runner(model, config.runner, device, config.amp)
 
     index = CocoIndex.read(config.annotations)
     if config.classes:

@@ -35,7 +35,7 @@ from detection.data.drawn import (
     draw_detection_set,
     draw_video_frames,
 )
-from detection.engine.runtime import main_errors
+from detection.engine.errors import main_errors
 from detection.images.draw import draw_detections, draw_target, image_grid
 from detection.inference.predictor import load_detector, read_image
 from detection.inference.video import write_video

@@ -17,7 +17,6 @@ import tyro
 import detection
 from backbones.errors import UserError
 from detection.cli.docstrings import functions_of
-from detection.engine.checkpoint import load_checkpoint
 
 
 def load_config(
@@ -42,14 +41,7 @@ def load_config(
         UserError: no such recipe or run, or one for another tool.
         SystemExit: ``--help``, or an override that names no field or has a value of another type; tyro says which.
     """
-    if not argv or argv[0].startswith("-"):
-        program = Path(sys.argv[0]).name
-        print(f"usage: {program} RECIPE [--FIELD VALUE ...]")
-        print(
-            f"       {program} RUN_FOLDER [--FIELD VALUE ...]   (go on with a run)" if read is not None else "", end=""
-        )
-        print(f"\n\n{description.strip()}\n\n{recipe_list()}")
-        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+    ask_for_recipe(argv, description, runs=read is not None)
     place = Path(argv[0])
     if read is not None and (place.is_dir() or place.suffix == ".pt"):
         default = _config_of_run(place, read)
@@ -69,11 +61,35 @@ def load_config(
     )
 
 
+def ask_for_recipe(argv: Sequence[str], description: str, runs: bool) -> None:
+    """Ends with the usage and the list of recipes where a command line does not begin with a recipe or a run.
+
+    ``load_config`` calls it; a command that calls it first need not load torch for that.
+
+    Args:
+        argv, description: as for ``load_config``.
+        runs: whether the folder of a run will do.
+
+    Raises:
+        SystemExit: status 0 for ``--help``, else 2.
+    """
+    if argv and not argv[0].startswith("-"):
+        return
+    program = Path(sys.argv[0]).name
+    print(f"usage: {program} RECIPE [--FIELD VALUE ...]")
+    if runs:
+        print(f"       {program} RUN_FOLDER [--FIELD VALUE ...]   (go on with a run)")
+    print(f"\n{description.strip()}\n\n{recipe_list()}")
+    raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+
+
 def _config_of_run(place: Path, read: Callable[[Mapping[str, Any]], Any]) -> Any:
     """What the run in a folder was started with, set to go on with it."""
     if place.suffix == ".pt" and place.name != "last.pt":
         raise UserError(f"{place}: a run is gone on with from its last.pt; give that file or its folder")
     path = place if place.suffix == ".pt" else place / "last.pt"
+    from detection.engine.checkpoint import load_checkpoint  # here, because it loads torch
+
     # mapped: every process reads the config, and none of them the tensors
     content = load_checkpoint(path, mapped=True)
     if "training" not in content:

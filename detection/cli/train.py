@@ -8,22 +8,31 @@ $ litedet train RUN
 The last one goes on with the run in that folder, with the settings that it was started with.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from detection.cli.recipes import load_config
-from detection.engine.files import open_run
-from detection.engine.loop import TrainResult, train
-from detection.engine.runtime import TRAINING_STOPPED, main_errors, open_runtime
-from detection.training.config import DetectionConfig
-from detection.training.task import DetectionTask
+from detection.cli.recipes import ask_for_recipe, load_config
+from detection.engine.errors import TRAINING_STOPPED, main_errors
+
+if TYPE_CHECKING:
+    from detection.engine.loop import TrainResult
 
 
 @main_errors(stopped=TRAINING_STOPPED)
 def main(argv: Sequence[str] | None = None) -> TrainResult:
-    config: DetectionConfig = load_config(
-        sys.argv[1:] if argv is None else argv, __doc__ or "", DetectionConfig, DetectionConfig.from_plain
-    )
+    arguments = sys.argv[1:] if argv is None else argv
+    ask_for_recipe(arguments, __doc__ or "", runs=True)
+
+    from detection.engine.files import open_run  # here, because torch takes seconds to load
+    from detection.engine.loop import train
+    from detection.engine.runtime import open_runtime
+    from detection.training.config import DetectionConfig
+    from detection.training.task import DetectionTask
+
+    config: DetectionConfig = load_config(arguments, __doc__ or "", DetectionConfig, DetectionConfig.from_plain)
     config.validate()
     with (
         open_runtime(config.train.device, config.train.num_threads) as runtime,

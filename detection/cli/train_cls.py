@@ -4,28 +4,36 @@ $ litedet train-cls finetune:classifier --data.train DIR --data.val DIR --weight
 $ torchrun --nproc-per-node 8 -m detection.cli.train_cls imagenet:mobilenetv2 --data.train DIR --data.val DIR
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from detection.classification.config import ClassificationConfig
-from detection.classification.task import ClassificationTask
-from detection.cli.recipes import load_config
-from detection.engine.files import open_run
-from detection.engine.loop import TrainResult, train
-from detection.engine.plain import from_plain
-from detection.engine.runtime import TRAINING_STOPPED, main_errors, open_runtime
+from detection.cli.recipes import ask_for_recipe, load_config
+from detection.engine.errors import TRAINING_STOPPED, main_errors
+
+if TYPE_CHECKING:
+    from detection.engine.loop import TrainResult
 
 
 @main_errors(stopped=TRAINING_STOPPED)
 def main(argv: Sequence[str] | None = None) -> TrainResult:
+    arguments = sys.argv[1:] if argv is None else argv
+    ask_for_recipe(arguments, __doc__ or "", runs=True)
+
+    from detection.classification.config import ClassificationConfig  # here, because torch takes seconds to load
+    from detection.classification.task import ClassificationTask
+    from detection.engine.files import open_run
+    from detection.engine.loop import train
+    from detection.engine.plain import from_plain
+    from detection.engine.runtime import open_runtime
+
     def read(plain: Mapping[str, Any]) -> ClassificationConfig:
         return from_plain(plain, ClassificationConfig)
 
-    config: ClassificationConfig = load_config(
-        sys.argv[1:] if argv is None else argv, __doc__ or "", ClassificationConfig, read
-    )
+    config: ClassificationConfig = load_config(arguments, __doc__ or "", ClassificationConfig, read)
     config.validate()
     with (
         open_runtime(config.train.device, config.train.num_threads) as runtime,

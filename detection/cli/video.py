@@ -6,6 +6,8 @@ It ends with the video, with q or Esc in the window, or with Ctrl-C. SIGTERM (do
 source that breaks off end it too, with an exit status other than 0. Video and lines are whole in all these cases.
 """
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
@@ -15,10 +17,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-import supervision as sv
 import tyro
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -26,11 +28,11 @@ from tqdm import tqdm
 from backbones.errors import UserError
 from detection.cli.outputs import refuse_overwrites
 from detection.cli.stopping import Terminated, let_go_of_terminal, terminated_as_interrupted
-from detection.engine.runtime import main_errors
-from detection.images.draw import draw_detections, draw_frame_rate
-from detection.inference.predictor import load_detector
-from detection.inference.video import Frame, FrameReader, VideoWriter
-from detection.structures import Detections
+from detection.engine.errors import main_errors
+
+if TYPE_CHECKING:  # what loads torch is imported when the command line is parsed
+    from detection.inference.video import Frame, FrameReader
+    from detection.structures import Detections
 
 _WINDOW = "LiteDet (q ends)"
 
@@ -108,6 +110,12 @@ def main(argv: Sequence[str] | None = None) -> DemoResult:
 
 def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
     """Goes through the source; the signal that ended it, if one did."""
+    import supervision as sv
+
+    from detection.images.draw import draw_detections, draw_frame_rate
+    from detection.inference.predictor import load_detector
+    from detection.inference.video import FrameReader, VideoWriter
+
     terminated: Terminated | None = None
     with ExitStack() as stack:
         # The quick checks come first: the network takes seconds to load.

@@ -5,16 +5,15 @@ Several processes are started by ``torchrun``; this file reads what torchrun lea
 
 import contextlib
 import ctypes
-import functools
 import importlib
 import logging
 import os
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar, cast, overload
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -23,16 +22,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones.errors import UserError
+from detection.engine.errors import EXPECTED, tell
 from detection.engine.workers import clear_failures
 
 DeviceChoice: TypeAlias = str | int | torch.device | None
 """What ``choose_device`` takes."""
-
-TRAINING_STOPPED = (
-    "stopped; the training goes on from its last whole epoch with the same command and --train.resume True"
-)
-
-_Main = TypeVar("_Main", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,9 +141,9 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
     try:
         with clear_failures():
             yield Runtime(device=chosen, rank=rank, local_rank=local_rank, world_size=world_size)
-    except _EXPECTED as error:
+    except EXPECTED as error:
         if world_size > 1:
-            _tell(error, f"[{rank}] ")
+            tell(error, f"[{rank}] ")
         raise
     finally:
         if world_size > 1:
@@ -253,49 +247,3 @@ def seed_everything(seed: int, *, epoch: int = 0, rank: int = 0) -> None:
     torch.manual_seed(torch_seed)
     np.random.seed(numpy_seed)  # noqa: NPY002  libraries draw from the global generator
     random.seed(numpy_seed)
-
-
-_EXPECTED = (UserError, OSError, FloatingPointError)
-
-
-@overload
-def main_errors(main: _Main) -> _Main: ...
-@overload
-def main_errors(*, stopped: str) -> Callable[[_Main], _Main]: ...
-def main_errors(main: _Main | None = None, *, stopped: str = "stopped") -> _Main | Callable[[_Main], _Main]:
-    """Decorates a tool's ``main(argv)``: a user's mistake ends in one clear line, a mistake of ours in a traceback.
-
-    ``UserError``, ``OSError`` and ``FloatingPointError`` (a training that diverged) become "error: ..." on stderr and
-    exit code 2 (argparse's and tyro's code for wrong usage), Ctrl-C becomes ``stopped`` and exit code 130 (the shell's
-    code for it). With LITEDET_TRACEBACK=1 in the environment nothing is turned, for whoever looks for the place in the
-    code.
-
-    Args:
-        main: the tool; without it the result is the decorator.
-        stopped: what is printed after Ctrl-C.
-    """
-    if main is None:
-        return functools.partial(main_errors, stopped=stopped)
-
-    @functools.wraps(main)
-    def run(argv: Sequence[str] | None = None) -> Any:
-        if os.environ.get("LITEDET_TRACEBACK") == "1":
-            return main(argv)
-        try:
-            with clear_failures():
-                return main(argv)
-        except _EXPECTED as error:
-            _tell(error)
-            raise SystemExit(2) from error
-        except KeyboardInterrupt as error:
-            print(stopped, file=sys.stderr)
-            raise SystemExit(130) from error
-
-    return cast(_Main, run)
-
-
-def _tell(error: Exception, prefix: str = "") -> None:
-    """Prints an error for the user, once, whoever of this file sees it first."""
-    if not getattr(error, "_told", False):
-        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-        error._told = True  # type: ignore[attr-defined]
