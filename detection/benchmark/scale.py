@@ -132,12 +132,12 @@ def worker_growth(dataset: DetectionDataset, samples: int, batch_size: int = 16)
     """
     loader = build_loader(dataset, batch_size=batch_size, num_workers=1)
     batches = iter(loader)
-    (worker,) = multiprocessing.active_children()
     num_batches = min(samples // batch_size, len(loader))
-    for _ in range(num_batches // 4):
+    for _ in range(max(num_batches // 4, 1)):  # the worker starts with the first
         next(batches)
+    (worker,) = multiprocessing.active_children()
     before = _own_kib(worker.pid)
-    for _ in range(num_batches - num_batches // 4):
+    for _ in range(num_batches - max(num_batches // 4, 1)):
         next(batches)
     return _own_kib(worker.pid) - before
 
