@@ -25,8 +25,8 @@ def _coco() -> DataConfig:
 def ssdlite_mnv2_320() -> DetectionConfig:
     """SSDLite of the MobileNetV2 paper at 320 px (arXiv 1801.04381, section 6.2), from an ImageNet backbone.
 
-        python tools/train_det.py configs/coco.py:ssdlite_mnv2_320 --data.root COCO_DIR --weights torchvision
-        torchrun --nproc-per-node 8 tools/train_det.py configs/coco.py:ssdlite_mnv2_320 --data.root COCO_DIR \\
+        litedet train coco:ssdlite_mnv2_320 --data.root COCO_DIR --weights torchvision
+        torchrun --nproc-per-node 8 -m detection.cli.train coco:ssdlite_mnv2_320 --data.root COCO_DIR \\
             --weights torchvision
 
     The batch of 192 is over all GPUs together, so both commands train the same. It takes one GPU of 24 GB.
@@ -56,7 +56,7 @@ def ssdlite_mnv2_320() -> DetectionConfig:
 def ssdlite_mnv2_320_focal() -> DetectionConfig:
     """The same with sigmoid focal loss and no mining: the only public PyTorch SSDLite that reached 22.3 trained so.
 
-        torchrun --nproc-per-node 8 tools/train_det.py configs/coco.py:ssdlite_mnv2_320_focal --data.root COCO_DIR
+        torchrun --nproc-per-node 8 -m detection.cli.train coco:ssdlite_mnv2_320_focal --data.root COCO_DIR
 
     Published: 22.3 AP on val2017 (ssdlite-pytorch-mobilenext, its MobileNetV2 row: batch 256, weight 5 on the class loss,
     prior 0.01). Not trained here.
@@ -84,8 +84,8 @@ def ssdlite_mnv2_x0_5_320() -> DetectionConfig:
 def litedet_096_320() -> DetectionConfig:
     """LiteDet on MobileNetV2 x1.0 at 320 px: 0.719 G multiply-adds, 2.14 M parameters.
 
-        python tools/train_det.py configs/coco.py:litedet_096_320 --data.root COCO_DIR --weights torchvision
-        torchrun --nproc-per-node 8 tools/train_det.py configs/coco.py:litedet_096_320 --data.root COCO_DIR \\
+        litedet train coco:litedet_096_320 --data.root COCO_DIR --weights torchvision
+        torchrun --nproc-per-node 8 -m detection.cli.train coco:litedet_096_320 --data.root COCO_DIR \\
             --weights torchvision
 
     The batch of 192 is over all GPUs together, so both commands train the same.

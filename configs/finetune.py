@@ -22,14 +22,14 @@ def detector() -> DetectionConfig:
 def ssdlite() -> DetectionConfig:
     """Fine-tune SSDLite on your own images, from an ImageNet backbone or another detector.
 
-        python tools/train_det.py configs/finetune.py:ssdlite --data.train.annotations FILE --data.train.images DIR \
+        litedet train finetune:ssdlite --data.train.annotations FILE --data.train.images DIR \
             --data.val.annotations FILE --data.val.images DIR --weights FILE --run-dir RUN
 
     Made for some hundred to some ten thousand images on a CPU or one GPU. What differs from the paper's network and
     training, and why:
 
     * Six anchors a cell on the first map too, the smallest a tenth of the image: objects of 10 to 20 % of the image,
-      which most data sets of users are full of, find an anchor of their size.
+      which most datasets of users are full of, find an anchor of their size.
     * AdamW with batches of 8: many steps in few epochs.
     * The stem and the first two stages stay as they are: they take most of the time and see edges that all images share.
     * Mild changes of the images: with few epochs the network should meet objects at the size they will have.
@@ -52,7 +52,7 @@ def ssdlite() -> DetectionConfig:
 def litedet() -> DetectionConfig:
     """Fine-tune LiteDet on your own images, from an ImageNet backbone or another LiteDet.
 
-        python tools/train_det.py configs/finetune.py:litedet --data.train.annotations FILE --data.train.images DIR \
+        litedet train finetune:litedet --data.train.annotations FILE --data.train.images DIR \
             --data.val.annotations FILE --data.val.images DIR --weights FILE --run-dir RUN
 
     Made for some hundred to some ten thousand images on a CPU or one GPU, as ``ssdlite``, and trained in the same way. The
@@ -67,7 +67,7 @@ def litedet() -> DetectionConfig:
 def classifier() -> ClassificationConfig:
     """Fine-tune a classifier on your own folders of images, from ImageNet weights.
 
-        python tools/train_cls.py configs/finetune.py:classifier --data.train DIR --data.val DIR --weights FILE \
+        litedet train-cls finetune:classifier --data.train DIR --data.val DIR --weights FILE \
             --run-dir RUN
 
     Made for some hundred to some ten thousand images on a CPU or one GPU. Training crops of 160 px for an evaluation

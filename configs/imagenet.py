@@ -13,8 +13,8 @@ _STEPS_PER_EPOCH = 1_281_167 // 1024
 def mobilenetv2() -> ClassificationConfig:
     """MobileNetV2 x1.0 at 224 px from scratch.
 
-        python tools/train_cls.py configs/imagenet.py:mobilenetv2 --data.train DIR/train --data.val DIR/val
-        torchrun --nproc-per-node 8 tools/train_cls.py configs/imagenet.py:mobilenetv2 \\
+        litedet train-cls imagenet:mobilenetv2 --data.train DIR/train --data.val DIR/val
+        torchrun --nproc-per-node 8 -m detection.cli.train_cls imagenet:mobilenetv2 \\
             --data.train DIR/train --data.val DIR/val
 
     The batch of 1024 is over all GPUs together, so both commands train the same: 8 GPUs of 16 GB, or one of 80 GB. On

@@ -1,4 +1,4 @@
-"""Recipes of tools/quickstart.py: a whole training in minutes on two CPU cores, from drawn images and nothing else."""
+"""Recipes of litedet quickstart: a whole training in minutes on two CPU cores, from drawn images and nothing else."""
 
 from backbones.classifier import ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config

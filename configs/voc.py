@@ -1,4 +1,4 @@
-"""Recipes for Pascal VOC, after tools/convert_dataset.py has made COCO files of it."""
+"""Recipes for Pascal VOC, after litedet convert has made COCO files of it."""
 
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from detection.training.config import DataConfig, DetectionConfig, SplitConfig
 def ssdlite_mnv2_320() -> DetectionConfig:
     """SSDLite at 320 px on VOC 2007, from an ImageNet backbone; one GPU, or a patient CPU.
 
-        python tools/convert_dataset.py voc --annotations VOC2007/Annotations --images VOC2007/JPEGImages \\
+        litedet convert voc --annotations VOC2007/Annotations --images VOC2007/JPEGImages \\
             --list VOC2007/ImageSets/Main/trainval.txt --out VOC2007/trainval.json
-        python tools/convert_dataset.py voc --annotations VOC2007/Annotations --images VOC2007/JPEGImages \\
+        litedet convert voc --annotations VOC2007/Annotations --images VOC2007/JPEGImages \\
             --list VOC2007/ImageSets/Main/test.txt --out VOC2007/test.json
-        python tools/train_det.py configs/voc.py:ssdlite_mnv2_320 --data.root VOC2007 --weights torchvision
+        litedet train voc:ssdlite_mnv2_320 --data.root VOC2007 --weights torchvision
 
     Published for MobileNetV2 SSDLite trained on VOC 2007 + 2012: 68.6 to 68.9 mAP at IoU 0.5, VOC's own measure
     (pytorch-ssd, lufficc/SSD). Not trained here.

@@ -283,7 +283,7 @@ def test_unknown_download() -> None:
 @needs_shared("weights/mobilenet_v2_torchvision_layout.pt", "data/imagenet_val_800")
 def test_accuracy_on_imagenet_images() -> None:
     folder = SHARED / "data" / "imagenet_val_800" / "ILSVRC2012_VAL_SET"
-    records = [line.split(",") for line in (folder / "dataset.txt").read_text().splitlines() if line.strip()]
+    records = [line.split(",") for line in (folder / "dataset.txt").read_text().splitlines() if line.strip()][::4]
     classifier = Classifier(ClassifierConfig(), 1000)
     info, remark = load_classifier(classifier, SHARED / "weights" / "mobilenet_v2_torchvision_layout.pt")
     assert remark == ""
@@ -299,6 +299,6 @@ def test_accuracy_on_imagenet_images() -> None:
             counts += count_correct(logits, torch.tensor([int(label) for _, label in chunk]))
     top1, top5 = (counts / len(records)).tolist()
     print(f"top-1 {100 * top1:.2f} %, top-5 {100 * top5:.2f} % of {len(records)} images")
-    assert len(records) == 800
-    assert top1 == pytest.approx(0.7925, abs=0.004)
+    assert len(records) == 200
+    assert top1 == pytest.approx(0.77, abs=0.0051)  # one image; all 800: 0.7925
     assert top5 > 0.9

@@ -585,7 +585,7 @@ def test_archives_that_hold_nothing(tmp_path: Path) -> None:
 
 def imagenet_batches(size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
     folder = SHARED / "data" / "imagenet_val_800" / "ILSVRC2012_VAL_SET"
-    records = [line.split(",") for line in (folder / "dataset.txt").read_text().splitlines() if line.strip()]
+    records = [line.split(",") for line in (folder / "dataset.txt").read_text().splitlines() if line.strip()][::4]
     transform = EvalTransform(TransformConfig(eval_resize="squash"))
     for start in range(0, len(records), size):
         chunk = records[start : start + size]
@@ -596,7 +596,8 @@ def imagenet_batches(size: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "top1", "symmetric_top1"),
-    [("mobilenet_v2_1.0_224_quant", 0.791, 0.771), ("tf2_mobilenet_v2_1.0_224_ptq", 0.7925, 0.759)],
+    # of 200 images; all 800: 0.791 and 0.771, 0.795 and 0.759
+    [("mobilenet_v2_1.0_224_quant", 0.82, 0.80), ("tf2_mobilenet_v2_1.0_224_ptq", 0.81, 0.775)],
 )
 @needs_shared("weights/mobilenet_v2_1.0_224_quant.tflite", "data/imagenet_val_800")
 def test_accuracy_with_and_without_tensorflows_padding(name: str, top1: float, symmetric_top1: float) -> None:
@@ -618,6 +619,6 @@ def test_accuracy_with_and_without_tensorflows_padding(name: str, top1: float, s
             total += len(labels)
     measured = (counts / total).tolist()
     print(f"{name}: top-1 {100 * measured[0]:.2f} %, with symmetric padding {100 * measured[1]:.2f} %")
-    assert total == 800
-    assert measured[0] == pytest.approx(top1, abs=0.004)
-    assert measured[1] == pytest.approx(symmetric_top1, abs=0.004)
+    assert total == 200
+    assert measured[0] == pytest.approx(top1, abs=0.0051)  # one image
+    assert measured[1] == pytest.approx(symmetric_top1, abs=0.0051)

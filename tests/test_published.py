@@ -259,7 +259,7 @@ def test_a_classifier_from_a_local_address(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_folded_classifiers_need_images(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"convert_weights.py mobilenet_v2_1.0_224_quant OUT.*--statistics-from FOLDER"
+        ValueError, match=r"convert-weights mobilenet_v2_1.0_224_quant OUT.*--statistics-from FOLDER"
     ):
         locate("mobilenet_v2_1.0_224_quant")
 
@@ -271,7 +271,7 @@ def test_what_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         load_detector(tmp_path / "best.pt")
     (tmp_path / "graph.pb").write_bytes(b"\n\0")
     with pytest.raises(
-        ValueError, match=r"graph.pb is in another library's format; convert it first: python tools/conv"
+        ValueError, match=r"graph.pb is in another library's format; convert it first: litedet conv"
     ):
         load_detector(tmp_path / "graph.pb")
     monkeypatch.chdir(tmp_path)

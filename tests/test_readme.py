@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from detection.cli import main as litedet
+from detection.cli.docstrings import functions_of
+from detection.cli.recipes import recipe_files
 from detection.engine import runtime
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +98,14 @@ def test_every_script_is_there(script: str) -> None:
 def test_every_linked_file_is_there(file: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", file.read_text()):
         assert (file.parent / target).exists(), target
+
+
+def test_every_recipe_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    for file in recipe_files():
+        if file.stem != "quickstart":
+            for recipe in functions_of(file):
+                assert f"`{file.stem}:{recipe.name}`" in text
 
 
 def test_every_extra_is_one_of_setup_cfg() -> None:

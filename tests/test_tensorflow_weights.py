@@ -350,6 +350,13 @@ def test_the_person_detector_has_tensorflows_ap(tmp_path: Path) -> None:
     config = converted.info.model
     converted.info.model = replace(config, backbone=replace(config.backbone, padding="symmetric"))
     converted.save(tmp_path / "symmetric.safetensors")
+    # A quarter of the images is enough to see it.
+    content = json.loads((data / "instances.json").read_text())
+    content["images"] = content["images"][::4]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
+    (tmp_path / "quarter.json").write_text(json.dumps(content))
+    more[1] = str(tmp_path / "quarter.json")
     collapsed = eval_det([str(tmp_path / "symmetric.safetensors"), *more]).figures
     print(f"AP {figures['AP']:.3f}, with symmetric padding {collapsed['AP']:.3f}")
     assert collapsed["AP"] < 0.05

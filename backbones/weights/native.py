@@ -145,7 +145,7 @@ def check_statistics(backbone: MobileNetV2, source: str | Path) -> None:
     if folded and any(bool(norm.bias.any()) for norm in norms) and not backbone.config.freeze_norm:
         raise UserError(
             f"{source} has its batch norms folded into the convolutions: the first training step would destroy it; convert "
-            "it again with tools/convert_weights.py --statistics-from FOLDER, or freeze them: --model.backbone.freeze-norm True"
+            "it again with litedet convert-weights --statistics-from FOLDER, or freeze them: --model.backbone.freeze-norm True"
         )
 
 

@@ -107,7 +107,7 @@ def weights_of(content: object, path: Path) -> WeightsFile:
         raise UserError(
             f"{path} is not in a layout that is known here: its first keys are {', '.join(list(state)[:4]) or 'none'}; "
             "read are torchvision's mobilenet_v2 (features.0.0.weight, ...), timm's mobilenetv2 (conv_stem.weight, ...) "
-            "and our .safetensors; tools/convert_weights.py reads more"
+            "and our .safetensors; litedet convert-weights reads more"
         )
     return _foreign(state, layout, path)
 

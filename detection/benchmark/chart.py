@@ -1,4 +1,4 @@
-"""A picture of a benchmark's rows."""
+"""A chart of a benchmark's rows."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -70,7 +70,7 @@ class ClassificationConfig:
     """Folder for everything that the training writes."""
     weights: str | None = None
     """Where to start: a backbone or classifier file (ours, torchvision's, timm's), or a published name
-    (tools/convert_weights.py --list). The network is then built as these weights need it."""
+    (litedet convert-weights --list). The network is then built as these weights need it."""
     backbone_lr_scale: float = 1.0
     """Factor of the learning rate in the backbone, where it is trained already."""
     label_smoothing: float = 0.0

@@ -1,4 +1,4 @@
-"""What a data set holds, in a table short enough to be read before a training."""
+"""What a dataset holds, in a table short enough to be read before a training."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _NUM_CLASSES_SHOWN = 100
 
 
 def describe(index: CocoIndex, input_size: tuple[int, int] | None = None) -> str:
-    """A report of a data set: images, boxes by class and by size, and the records that training leaves out.
+    """A report of a dataset: images, boxes by class and by size, and the records that training leaves out.
 
     Args:
-        index: the data set.
+        index: the dataset.
         input_size: (height, width) of the network's input. With it, boxes are counted by the size at which the
             network will see them when images are stretched to the input; without it, by their size on disk.
 

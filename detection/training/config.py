@@ -37,7 +37,7 @@ def loss_type(plain: Mapping[str, Any]) -> type[LossConfig]:
 @dataclass(kw_only=True, slots=True)
 class SplitConfig:
     annotations: Path | None = None
-    """A COCO json. Other formats: tools/convert_dataset.py."""
+    """A COCO json. Other formats: litedet convert."""
     images: Path | None = None
     """The folder that the file names in it start from."""
 
@@ -76,7 +76,7 @@ class DetectionConfig:
     """Folder for everything that the training writes."""
     weights: str | None = None
     """Where to start: a detector (a checkpoint, .safetensors), a backbone or classifier (ours, torchvision's, timm's), or a
-    published name (tools/convert_weights.py --list). The network is then built as these weights need it."""
+    published name (litedet convert-weights --list). The network is then built as these weights need it."""
     weights_part: Literal["all", "backbone"] = "all"
     """Of a whole detector: everything, or the backbone alone under a new head with the config's taps and anchors."""
     backbone_lr_scale: float = 1.0

@@ -86,7 +86,7 @@ def locate(source: str | Path) -> str | Path:
         if Path(source).suffix in _FOREIGN_SUFFIXES:
             raise UserError(
                 f"{name} is in another library's format; convert it first: "
-                f"python tools/convert_weights.py {name} OUT.safetensors"
+                f"litedet convert-weights {name} OUT.safetensors"
             )
         return source
     if is_download(name):
@@ -104,7 +104,7 @@ def locate(source: str | Path) -> str | Path:
     if entry.kind == "folded classifier":
         raise UserError(
             f"{name} has its batch norms folded and cannot be trained on as it is; convert it with sample images: "
-            f"python tools/convert_weights.py {name} OUT.safetensors --statistics-from FOLDER"
+            f"litedet convert-weights {name} OUT.safetensors --statistics-from FOLDER"
         )
     return fetch_converted(name)
 

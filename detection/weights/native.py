@@ -183,7 +183,7 @@ def _of_checkpoint(path: Path, content: Mapping[str, Any]) -> DetectorFile | Wei
     if isinstance(extra, Mapping) and "classifier" in extra:
         return _classifier(path, state, extra["classifier"])
     raise UserError(
-        f"{path} is a checkpoint, but not of a detector or classifier; train one with tools/train_det.py or tools/train_cls.py"
+        f"{path} is a checkpoint, but not of a detector or classifier; train one with litedet train or litedet train-cls"
     )
 
 

@@ -1,4 +1,4 @@
-"""Drawn images as data sets on the disk."""
+"""Drawn images as datasets on the disk."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

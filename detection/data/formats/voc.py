@@ -41,7 +41,7 @@ def convert_voc(
 
     The corners (x1, y1, x2, y2), counted from 1 with the last pixel included, become x1 - 1, y1 - 1, x2, y2, cut off
     at the image's edge. Classes are all that occur in *any* file of the folder, sorted by name, with ids from 1:
-    the two halves of one data set get the same ids even if a rare class is missing from one half's list.
+    the two halves of one dataset get the same ids even if a rare class is missing from one half's list.
 
     Args:
         annotations: folder of XML files, one an image.
