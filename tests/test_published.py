@@ -258,9 +258,7 @@ def test_a_classifier_from_a_local_address(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_folded_classifiers_need_images(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"convert-weights mobilenet_v2_1.0_224_quant OUT.*--statistics-from FOLDER"
-    ):
+    with pytest.raises(ValueError, match=r"convert-weights mobilenet_v2_1.0_224_quant OUT.*--statistics-from FOLDER"):
         locate("mobilenet_v2_1.0_224_quant")
 
 
@@ -270,9 +268,7 @@ def test_what_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(FileNotFoundError, match=r"best.pt"):
         load_detector(tmp_path / "best.pt")
     (tmp_path / "graph.pb").write_bytes(b"\n\0")
-    with pytest.raises(
-        ValueError, match=r"graph.pb is in another library's format; convert it first: litedet conv"
-    ):
+    with pytest.raises(ValueError, match=r"graph.pb is in another library's format; convert it first: litedet conv"):
         load_detector(tmp_path / "graph.pb")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ssdlite_mobilenet_v2_coco").write_text("a file of that name comes first")
