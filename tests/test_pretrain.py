@@ -22,10 +22,10 @@ from detection.classification.data import (
     TrainTransform,
     UnreadableImageError,
     collate,
-    read_image,
     read_image_folder,
 )
 from detection.classification.step import ClassificationStep
+from detection.images.decode import read_image
 
 CPU = torch.device("cpu")
 
