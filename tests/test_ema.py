@@ -83,6 +83,20 @@ def test_running_statistics_are_averaged_and_counters_copied() -> None:
     assert ema.model.num_batches_tracked.item() == 7
 
 
+def test_all_counters_are_copied_by_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    copy_all = torch._foreach_copy_
+
+    def counted(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        calls.append(len(targets))
+        copy_all(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", counted)
+    norms = nn.Sequential(*(nn.BatchNorm1d(1) for _ in range(5)))
+    ExponentialAverage(norms, EmaConfig(), 10).update(norms)
+    assert calls == [5]
+
+
 def test_average_is_for_evaluation_and_shares_nothing() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).train()
     ema = ExponentialAverage(model, EmaConfig(), 10)

@@ -17,6 +17,7 @@ from backbones.weights.native import load_backbone, load_classifier, save_weight
 from backbones.weights.readers import read_metadata
 from detection.classification.config import ClassificationConfig
 from detection.classification.task import ClassificationTask
+from detection.cli.train import main as train_det
 from detection.cli.train_cls import main
 from detection.data.drawn import draw_classification_set
 from detection.engine.checkpoint import load_checkpoint
@@ -84,6 +85,45 @@ def run_and_fail(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         main(argv)
     assert caught.value.code == 2
     return capsys.readouterr().err
+
+
+def test_a_run_goes_on_from_its_folder_alone(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "start.safetensors"
+    info = WeightsInfo(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), source="a test", licence="CC0-1.0")
+    save_weights(weights, Classifier(ClassifierConfig(backbone=MobileNetV2Config(width=0.35)), 11), info)
+    more = ("--weights", str(weights), "--model.backbone.width", "1.0", "--model.backbone.frozen-stages", "2")
+    main(arguments(folders, tmp_path / "straight", *more))
+
+    evaluate = ClassificationTask.evaluate
+    calls = []
+
+    def stop_at_the_second(task: ClassificationTask, model: torch.nn.Module) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate(task, model)
+
+    monkeypatch.setattr(ClassificationTask, "evaluate", stop_at_the_second)
+    with pytest.raises(SystemExit):
+        main(arguments(folders, tmp_path / "run", *more))
+    monkeypatch.undo()
+    weights.unlink()
+    moved = folders[0].rename(folders[0].with_name("moved"))
+    try:
+        main([str(tmp_path / "run"), "--data.train", str(moved)])
+    finally:
+        moved.rename(folders[0])
+    ours, theirs = (load_checkpoint(tmp_path / name / "last.pt") for name in ("run", "straight"))
+    torch.testing.assert_close(ours["weights"], theirs["weights"], rtol=0, atol=0)
+    metadata = [read_metadata(tmp_path / name / "backbone.safetensors") for name in ("run", "straight")]
+    assert metadata[0] == metadata[1]
+
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train_det([str(tmp_path / "run")])
+    assert "a checkpoint of another kind of training?" in capsys.readouterr().err
 
 
 def test_other_class_count_is_said(

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.tensorboard import SummaryWriter
 
+from backbones.errors import UserError
 from detection.engine.checkpoint import load_checkpoint, save_checkpoint
 from detection.engine.ema import EmaConfig
-from detection.engine.files import open_run
+from detection.engine.files import from_main, open_run
 from detection.engine.loop import TrainConfig, _place_step, train
 from detection.engine.optim import OptimConfig
 from detection.engine.plain import from_plain
@@ -711,6 +712,10 @@ def test_synchronised_norms_need_gpus() -> None:
         _place_step(PointsTask().step, config_of(sync_norm=True), Runtime(device=torch.device("cpu"), world_size=2))
 
 
+def fail() -> None:
+    raise OSError("the disk is gone")
+
+
 def train_in_a_process(rank: int, port: int, folder: Path) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
@@ -726,6 +731,12 @@ def train_in_a_process(rank: int, port: int, folder: Path) -> None:
             run(task, config, folder / f"run {rank} {accumulate}", runtime)
             torch.save(task.model.state_dict(), folder / f"weights {rank} {accumulate}.pt")
         assert runtime.union_over_processes([str(rank)]) == {"0", "1"}
+
+        read = []  # by process 0 alone
+        assert from_main(runtime, lambda: read.append(rank) or {"of": rank}) == {"of": 0}
+        assert read == ([0] if rank == 0 else [])
+        with pytest.raises(OSError if rank == 0 else UserError, match="the disk is gone"):
+            from_main(runtime, fail)
 
         norm = nn.BatchNorm1d(1)
         norm.running_mean.fill_(2.0 + 4.0 * rank)

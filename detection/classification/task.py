@@ -108,8 +108,12 @@ class ClassificationTask:
         if resumed is not None:
             recorded = resumed["classifier"]
             self.config = replace(self.config, model=from_plain(recorded["model"], ClassifierConfig))
-            kept = {name: recorded[name] for name in ("source", "licence") if name in recorded}
-            info = WeightsInfo(mean=tuple(recorded["mean"]), std=tuple(recorded["std"]), **kept)
+            info = WeightsInfo(
+                mean=tuple(recorded["mean"]),
+                std=tuple(recorded["std"]),
+                source=recorded.get("started_from", ""),
+                licence=recorded.get("licence", ""),
+            )
             return Classifier(self.config.model, len(self.class_names)), info
         if weights is None:
             return Classifier(asked, len(self.class_names)), WeightsInfo()
@@ -162,7 +166,7 @@ class ClassificationTask:
                 "class_names": list(info.class_names),
                 "mean": list(info.mean),
                 "std": list(info.std),
-                "source": info.source,
+                "started_from": self._weights_info.source or self.config.weights or "",
                 "licence": info.licence,
             }
         }
