@@ -21,6 +21,7 @@ Triple = tuple[float, float, float]
 Score = Literal["softmax", "sigmoid"]
 # A config may come from a file that nobody checked: beyond these a network would take all memory that there is.
 MAX_SIDE = 4096  # pixels of the input's sides
+MAX_MAPS = 16  # feature maps of a kind
 MAX_CLASSES = 20_000
 _Config = TypeVar("_Config", bound="DetectorConfig")
 
@@ -37,22 +38,48 @@ class DetectorConfig(ABC):
         background_column: whether column 0 of the class logits is the background.
         mean, std: normalisation of the input (R, G, B) in units of pixel / 255; None: not chosen, so the weights decide.
         fields_of_weights: fields that the weights depend on, besides the backbone's; they come with the weights.
-        fields_of_training: fields that matter in training alone (initialisation, momenta); they are always the user's.
+        features: names of the backbone's maps that the rest of the network sees.
+        norm_eps, norm_momentum: of the batch norms after the backbone.
+        prior: score that an untrained head with sigmoid scores gives each class.
     """
 
     __slots__ = ()
 
     fields_of_weights: ClassVar[tuple[str, ...]]
-    fields_of_training: ClassVar[tuple[str, ...]]
 
     kind: str
     backbone: MobileNetV2Config
     input_size: tuple[int, int]
     resize: ResizeMode
+    features: tuple[str, ...]
     score: Score
     background_column: bool
+    norm_eps: float
+    norm_momentum: float
+    prior: float
     mean: Triple | None
     std: Triple | None
+
+    def validate_common(self) -> None:
+        """What ``validate`` of every kind begins with.
+
+        Raises:
+            UserError: a value that no detector can have.
+        """
+        self.backbone.validate()
+        if len(self.input_size) != 2 or min(self.input_size) < 96 or max(self.input_size) > MAX_SIDE:
+            raise UserError(
+                f"model.input_size is (height, width), each 96 to {MAX_SIDE} pixels; got {tuple(self.input_size)}"
+            )
+        if not 1 <= len(self.features) <= MAX_MAPS:
+            raise UserError(f"model.features names 1 to {MAX_MAPS} maps of the backbone, got {len(self.features)}")
+        if self.std is not None and not min(self.std) > 0:
+            raise UserError(f"model.std must be positive, got {self.std}")
+        if not 0 < self.prior < 1 or not self.norm_eps > 0 or not 0 < self.norm_momentum <= 1:
+            raise UserError(
+                f"model.prior is between 0 and 1, model.norm_eps above 0, model.norm_momentum above 0 and at most 1; got "
+                f"{self.prior}, {self.norm_eps}, {self.norm_momentum}"
+            )
 
     @abstractmethod
     def validate(self) -> None:

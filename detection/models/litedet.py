@@ -18,12 +18,11 @@ from backbones.layers import ConvNormAct
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from detection.models.anchors import stride_squares
 from detection.models.box_coders import DistributionBoxCoder
-from detection.models.detector import MAX_SIDE, Detector, DetectorConfig, Triple
+from detection.models.detector import Detector, DetectorConfig, Triple
 from detection.models.heads import names_of_parameters, per_anchor
 from detection.models.necks import DepthwiseSeparable, Layer, LightPAN
 from detection.structures import ResizeMode
 
-_MAX_MAPS = 16
 # Field, least and most: a config may come from a file that nobody checked.
 _LIMITS = (
     ("neck_width", 1, 4096), ("neck_depth", 1, 16), ("head_depth", 0, 16), ("kernel_size", 1, 31), ("bins", 2, 256),
@@ -37,7 +36,6 @@ class LiteDetConfig(DetectorConfig):
         "features", "neck_width", "neck_depth", "head_depth", "kernel_size", "bins", "first_bin", "score",
         "background_column", "norm_eps",
     )  # fmt: skip
-    fields_of_training: ClassVar[tuple[str, ...]] = ("norm_momentum", "prior")
 
     kind: Literal["litedet"] = "litedet"
     """Which detector this config describes."""
@@ -79,25 +77,12 @@ class LiteDetConfig(DetectorConfig):
     """Standard deviation of the input's channels, in the same way."""
 
     def validate(self) -> None:
-        self.backbone.validate()
-        if len(self.input_size) != 2 or min(self.input_size) < 96 or max(self.input_size) > MAX_SIDE:
-            raise UserError(
-                f"model.input_size is (height, width), each 96 to {MAX_SIDE} pixels; got {tuple(self.input_size)}"
-            )
-        if not 1 <= len(self.features) <= _MAX_MAPS:
-            raise UserError(f"model.features names 1 to {_MAX_MAPS} maps of the backbone, got {len(self.features)}")
+        self.validate_common()
         for name, least, most in _LIMITS:
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"model.{name} must be in {least}..{most}, got {getattr(self, name)}")
         if self.score != "sigmoid" or self.background_column:
             raise UserError("LiteDet has sigmoid scores and no background column; leave model.score as it is")
-        if self.std is not None and not min(self.std) > 0:
-            raise UserError(f"model.std must be positive, got {self.std}")
-        if not 0 < self.prior < 1 or not self.norm_eps > 0 or not 0 < self.norm_momentum <= 1:
-            raise UserError(
-                f"model.prior is between 0 and 1, model.norm_eps above 0, model.norm_momentum above 0 and at most 1; got "
-                f"{self.prior}, {self.norm_eps}, {self.norm_momentum}"
-            )
 
     def box_coder(self) -> DistributionBoxCoder:
         return DistributionBoxCoder(self.bins, self.first_bin)

@@ -16,11 +16,10 @@ from backbones.layers import ConvNormAct
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
 from detection.models.anchors import AnchorConfig, AnchorGenerator
 from detection.models.box_coders import SSDBoxCoder
-from detection.models.detector import MAX_SIDE, Detector, DetectorConfig, Score, Triple
+from detection.models.detector import MAX_MAPS, Detector, DetectorConfig, Score, Triple
 from detection.models.heads import Extras, SSDLiteHead, names_of_parameters
 from detection.structures import ResizeMode
 
-_MAX_MAPS = 16
 _MAX_CHANNELS = 4096
 
 
@@ -29,7 +28,6 @@ class SSDLiteConfig(DetectorConfig):
     fields_of_weights: ClassVar[tuple[str, ...]] = (
         "features", "extra_channels", "anchors", "score", "background_column", "norm_eps",
     )  # fmt: skip
-    fields_of_training: ClassVar[tuple[str, ...]] = ("norm_momentum", "init_std", "prior")
 
     kind: Literal["ssdlite"] = "ssdlite"
     """Which detector this config describes."""
@@ -66,26 +64,13 @@ class SSDLiteConfig(DetectorConfig):
     """Standard deviation of the input's channels R, G, B, in units of pixel / 255. None: as for mean."""
 
     def validate(self) -> None:
-        self.backbone.validate()
-        if len(self.input_size) != 2 or min(self.input_size) < 96 or max(self.input_size) > MAX_SIDE:
+        self.validate_common()
+        if len(self.extra_channels) > MAX_MAPS or not all(1 <= c <= _MAX_CHANNELS for c in self.extra_channels):
             raise UserError(
-                f"model.input_size is (height, width), each 96 to {MAX_SIDE} pixels; got {tuple(self.input_size)}"
-            )
-        if not 1 <= len(self.features) <= _MAX_MAPS:
-            raise UserError(f"model.features names 1 to {_MAX_MAPS} maps of the backbone, got {len(self.features)}")
-        if len(self.extra_channels) > _MAX_MAPS or not all(1 <= c <= _MAX_CHANNELS for c in self.extra_channels):
-            raise UserError(
-                f"model.extra_channels are at most {_MAX_MAPS} numbers from 1 to {_MAX_CHANNELS}; got {self.extra_channels[:20]}"
+                f"model.extra_channels are at most {MAX_MAPS} numbers from 1 to {_MAX_CHANNELS}; got {self.extra_channels[:20]}"
             )
         if self.score == "softmax" and not self.background_column:
             raise UserError("model.score softmax needs model.background_column; without it a score has no rival")
-        if self.std is not None and not min(self.std) > 0:
-            raise UserError(f"model.std must be positive, got {self.std}")
-        if not 0 < self.prior < 1 or not self.norm_eps > 0 or not 0 < self.norm_momentum <= 1:
-            raise UserError(
-                f"model.prior is between 0 and 1, model.norm_eps above 0, model.norm_momentum above 0 and at most 1; got "
-                f"{self.prior}, {self.norm_eps}, {self.norm_momentum}"
-            )
         self.anchors.validate()
 
     def box_coder(self) -> SSDBoxCoder:
@@ -113,7 +98,6 @@ class SSDLite(Detector):
         self.extras = Extras(specs[-1], config.extra_channels, config.backbone.padding, layer)
         specs += self.extras.feature_specs
         generator = AnchorGenerator(config.anchors, specs)
-        self.anchors_per_cell = generator.num_anchors
         num_columns = num_classes + int(config.background_column)
         self.head = SSDLiteHead(specs, generator.num_anchors, config.box_coder().code_size, num_columns, layer)
         self.register_buffer("anchors", generator(config.input_size), persistent=False)
