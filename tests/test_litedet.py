@@ -22,11 +22,12 @@ from detection.models.build import build_detector
 from detection.models.litedet import LiteDet, LiteDetConfig
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig
-from detection.structures import Target
+from detection.structures import RawPredictions, Target
 from detection.training.config import DetectionConfig, loss_type
 from detection.training.litedet_loss import LiteDetLossConfig
 from detection.training.losses import TrainingStep
 from detection.training.ssd_loss import SSDLossConfig
+from detection.training.task_aligned import TaskAlignedConfig
 from detection.weights.info import DetectorInfo
 from detection.weights.native import read_detector, save_detector
 from detection.weights.start import adopt_network, start_from
@@ -131,6 +132,61 @@ def test_configs_that_make_no_sense(config: LiteDetConfig, message: str) -> None
         LiteDet(config, 2)
 
 
+def two_heads() -> LiteDet:
+    torch.manual_seed(0)
+    return LiteDet(SMALL.replaced(input_size=(128, 128), one_to_one=True), 3)
+
+
+def test_a_one_to_one_head_learns_from_maps_that_it_does_not_change() -> None:
+    model = two_heads()
+    A = len(model.anchors)
+    raw = model(torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8))
+    assert raw.codes.shape == (2, 2 * A, 32)
+    assert raw.class_logits.shape == (2, 2 * A, 3)
+    assert torch.equal(raw.anchors[:A], raw.anchors[A:])
+    raw.class_logits[:, A:].sum().backward()
+    moved = {
+        name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
+    assert moved
+    assert all(name.startswith("one_to_one_head.") for name in moved)
+
+
+def test_one_head_predicts_and_the_config_says_which() -> None:
+    model = two_heads().eval()
+    images = torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8)
+    with torch.no_grad():
+        model.one_to_one_head.classes[0].bias += 1.0  # type: ignore[index, operator, union-attr]
+        many = model(images)
+        model.config = model.config.replaced(predict_with="one_to_one")
+        one = model(images)
+    assert many.codes.shape == one.codes.shape == (1, len(model.anchors), 32)
+    assert (
+        one.class_logits[:, :256] - many.class_logits[:, :256]
+    ).mean() > 0.5  # the map at stride 8 has 16 x 16 cells
+    assert len(model.class_tensors()) == 2 * 2 * 4
+    with pytest.raises(ValueError, match=r"model\.one_to_one is False: there is no such head"):
+        LiteDet(SMALL.replaced(predict_with="one_to_one"), 3)
+
+
+def test_the_loss_of_two_heads_is_that_of_one_with_many_and_one_with_single_anchors() -> None:
+    model = two_heads()
+    images, *target = training_batch(4, 5)
+    raw = model(images)
+    A = len(model.anchors)
+    losses = LiteDetLossConfig(one_to_one_weight=0.5).build(model)(raw, Target(*target))
+    alone = LiteDet(SMALL.replaced(input_size=(128, 128)), 3)
+
+    def loss_of(part: slice, anchors_per_object: int) -> float:
+        config = LiteDetLossConfig(assigner=TaskAlignedConfig(anchors_per_object=anchors_per_object))
+        half = RawPredictions(raw.codes[:, part], raw.class_logits[:, part], raw.anchors[part])
+        return config.build(alone)(half, Target(*target))["loss"].item()
+
+    many, one = loss_of(slice(None, A), 13), loss_of(slice(A, None), 1)
+    assert losses["loss_one_to_one"].item() == pytest.approx(0.5 * one, rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(many + 0.5 * one, rel=1e-5)
+
+
 def test_loss_and_network_must_fit() -> None:
     config = DetectionConfig(model=LiteDetConfig(), loss=SSDLossConfig(classification="focal"))
     with pytest.raises(ValueError, match=r"loss\.kind ssd trains SSD's box codes, which a model of kind litedet"):
@@ -145,19 +201,19 @@ def test_loss_and_network_must_fit() -> None:
         loss_type({"kind": "detr"})
 
 
-def small_step(num_classes: int = 3) -> TrainingStep:
-    model = LiteDet(SMALL.replaced(input_size=(128, 128)), num_classes)
+def small_step(num_classes: int = 3, one_to_one: bool = False) -> TrainingStep:
+    model = LiteDet(SMALL.replaced(input_size=(128, 128), one_to_one=one_to_one), num_classes)
     return TrainingStep(model, LiteDetLossConfig().build(model))
 
 
-@pytest.mark.parametrize("num_objects", [0, 5])
-def test_a_step_on_fake_cuda_makes_no_round_trip(num_objects: int) -> None:
+@pytest.mark.parametrize(("num_objects", "one_to_one"), [(0, False), (5, False), (5, True)])
+def test_a_step_on_fake_cuda_makes_no_round_trip(num_objects: int, one_to_one: bool) -> None:
     # Under FakeTensorMode nonzero(), .item() and a tensor left on the host raise; no GPU is needed.
     with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"):
-        losses = small_step()(*training_batch(4, num_objects, "cuda"))
+        losses = small_step(3, one_to_one)(*training_batch(4, num_objects, "cuda"))
         assert losses["loss"].device.type == "cuda"
     with FakeTensorMode(allow_non_fake_inputs=False):  # the way back runs without a GPU on another device alone
-        small_step()(*training_batch(4, num_objects))["loss"].backward()
+        small_step(3, one_to_one)(*training_batch(4, num_objects))["loss"].backward()
 
 
 @pytest.mark.slow
