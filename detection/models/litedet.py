@@ -114,7 +114,12 @@ class LiteDetHead(nn.Module):
         self.code_size = code_size
         self.num_columns = num_columns
         self.shared = nn.ModuleList(
-            nn.Sequential(*(DepthwiseSeparable(spec.channels, spec.channels, kernel_size, layer) for _ in range(depth)))
+            nn.Sequential(
+                *(
+                    DepthwiseSeparable(spec.channels, spec.channels, kernel_size, layer, shortcut=True)
+                    for _ in range(depth)
+                )
+            )
             for spec in specs
         )
         self.box = nn.ModuleList(nn.Conv2d(spec.channels, code_size, 1) for spec in specs)
