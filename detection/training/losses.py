@@ -71,17 +71,28 @@ class DetectionLoss(nn.Module, ABC):
 
 
 class TrainingStep(nn.Module):
-    """Network and loss as one module, which is compiled, wrapped in DDP and called once per step."""
+    """Network and loss as one module, which is compiled, wrapped in DDP and called once per step.
 
-    def __init__(self, model: Detector, loss: DetectionLoss) -> None:
+    Args:
+        model: the network.
+        loss: between its predictions and the objects.
+        distillation: images, raw predictions -> further parts of the loss, by name; None: there is no teacher.
+    """
+
+    def __init__(self, model: Detector, loss: DetectionLoss, distillation: nn.Module | None = None) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
+        self.distillation = distillation
 
     def forward(self, images: Tensor, boxes: Tensor, labels: Tensor, valid: Tensor) -> dict[str, Tensor]:
         """uint8 images [B, 3, H, W] and the fields of ``Target`` -> scalar losses; ``loss`` is the one to minimise."""
-        losses: dict[str, Tensor] = self.loss(self.model(images), Target(boxes, labels, valid))
-        return losses
+        raw = self.model(images)
+        losses: dict[str, Tensor] = self.loss(raw, Target(boxes, labels, valid))
+        if self.distillation is None:
+            return losses
+        more = self.distillation(images, raw)
+        return {**losses, **more, "loss": losses["loss"] + sum(more.values())}
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

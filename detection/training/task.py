@@ -31,6 +31,7 @@ from detection.models.detector import Detector
 from detection.postprocess import build_postprocess
 from detection.structures import Batch
 from detection.training.config import DetectionConfig
+from detection.training.distillation import Distillation, read_teacher
 from detection.training.losses import TrainingStep
 from detection.weights.hub import locate
 from detection.weights.info import DetectorInfo
@@ -78,7 +79,10 @@ class DetectionTask:
         self._evaluator = CocoEvaluator(self.val_index)
         seed_everything(config.train.seed)  # the first weights of new layers
         self.config, self.model = _build_model(config, names, adopted)
-        self.step = TrainingStep(self.model, self.config.loss.build(self.model))
+        distillation = None
+        if config.teacher is not None:
+            distillation = Distillation(config.distillation, *read_teacher(config.teacher, self.model.config, names))
+        self.step = TrainingStep(self.model, self.config.loss.build(self.model), distillation)
         self.num_train = len(self.train_index)
         self.lr_scales: Mapping[str, float] = {"backbone.": config.backbone_lr_scale}
         self.postprocess = build_postprocess(self.model.config, config.postprocess, names)
