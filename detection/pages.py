@@ -260,12 +260,12 @@ def heat_map(title: str, counts: NDArray[np.floating] | NDArray[np.integer], not
     cell = width / columns
     most = float(counts.max(initial=0)) or 1.0
     parts = [_svg_text(0, 14, title, anchor="start", weight="600")]
-    for y in range(rows):
-        for x in range(columns):
-            parts.append(
-                f'<rect x="{x * cell:.2f}" y="{top + y * cell:.2f}" width="{cell + 0.2:.2f}" height="{cell + 0.2:.2f}" '
-                f'fill="var(--accent)" fill-opacity="{counts[y, x] / most:.3f}"/>'
-            )
+    parts += [
+        f'<rect x="{x * cell:.2f}" y="{top + y * cell:.2f}" width="{cell + 0.2:.2f}" height="{cell + 0.2:.2f}" '
+        f'fill="var(--accent)" fill-opacity="{counts[y, x] / most:.3f}"/>'
+        for y in range(rows)
+        for x in range(columns)
+    ]
     parts.append(f'<rect x="0" y="{top}" width="{width}" height="{rows * cell:.1f}" fill="none" stroke="var(--line)"/>')
     return _svg_figure(width * 2, top + rows * cell + 6, parts, title, note)
 

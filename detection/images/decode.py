@@ -60,11 +60,15 @@ class Header(NamedTuple):
         size: (height, width) of the pixels as stored.
         orientation: EXIF's 1 to 8; 1 where the file says nothing, or nothing sensible.
         kind: "jpeg", "png", "tiff" or "other".
+        depth: bits of a channel.
+        cmyk: whether the channels are the four of printing; decoded they become RGB by a rough rule.
     """
 
     size: tuple[int, int]
     orientation: int
     kind: str
+    depth: int = 8
+    cmyk: bool = False
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -237,8 +241,10 @@ def read_header(encoded: bytes, *, whole: bool = True) -> Header:
             with Image.open(BytesIO(encoded)) as image:
                 if image.format == "TIFF":
                     tags = image.tag_v2
-                    return Header((tags[257], tags[256]), _sensible(tags.get(_ORIENTATION)), "tiff")
-                return Header((image.height, image.width), _orientation(image.info.get("exif")), "other")
+                    depth, cmyk = max(tags.get(258, (1,))), tags.get(262) == 5
+                    return Header((tags[257], tags[256]), _sensible(tags.get(_ORIENTATION)), "tiff", depth, cmyk)
+                depth = 16 if image.mode.startswith("I") else 8
+                return Header((image.height, image.width), _orientation(image.info.get("exif")), "other", depth)
         except Image.DecompressionBombError as error:
             raise _TooLargeError from error
 
@@ -267,7 +273,7 @@ def _read_bytes(path: str | Path) -> bytes:
 
 def _jpeg_header(data: bytes, whole: bool) -> Header:
     """From marker to marker up to the first scan; then the end has to be there (ITU T.81, annex B)."""
-    size, orientation, place = None, 1, 2
+    size, orientation, place, depth, channels = None, 1, 2, 8, 3
     while True:
         while data[place] == 0xFF:  # any number of them may stand before a marker
             place += 1
@@ -277,6 +283,7 @@ def _jpeg_header(data: bytes, whole: bool) -> Header:
             continue
         length = data[place] << 8 | data[place + 1]
         if marker in _FRAMES:
+            depth, channels = data[place + 2], data[place + 7]
             size = data[place + 3] << 8 | data[place + 4], data[place + 5] << 8 | data[place + 6]
         elif marker == 0xE1 and data[place + 2 : place + 8] == b"Exif\0\0":
             orientation = _orientation(data[place + 2 : place + length])
@@ -286,7 +293,7 @@ def _jpeg_header(data: bytes, whole: bool) -> Header:
     # FF D9 can stand in a thumbnail of the header, but not inside of a scan.
     if size is None or not all(size) or (whole and data.rfind(b"\xff\xd9", place) < 0):
         raise ValueError("cut off")
-    return Header(size, orientation, "jpeg")
+    return Header(size, orientation, "jpeg", depth, channels == 4)
 
 
 def _png_header(data: bytes, whole: bool) -> Header:
@@ -304,7 +311,7 @@ def _png_header(data: bytes, whole: bool) -> Header:
             if not whole:
                 break
             raise ValueError("cut off")
-    return Header(size, orientation, "png")
+    return Header(size, orientation, "png", data[24])
 
 
 def _orientation(exif: bytes | None) -> int:
