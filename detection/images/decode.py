@@ -86,6 +86,7 @@ class EncodedImage:
             meanwhile on the error stream is printed a moment later.
 
     Attributes:
+        encoded: the file's bytes.
         header: size as stored and orientation.
         damage: what the JPEG library said while the image was decoded; "" where it said nothing, or nobody listened.
 
@@ -98,9 +99,9 @@ class EncodedImage:
         self.path = path
         self.damage = ""
         self._watch = watch
-        self._encoded = _read_bytes(path)
+        self.encoded = _read_bytes(path)
         try:
-            self.header = read_header(self._encoded)
+            self.header = read_header(self.encoded)
         except _TooLargeError:
             raise UnreadableImageError(
                 f"{path}: the image has too many pixels for Pillow, which reads its size"
@@ -153,7 +154,7 @@ class EncodedImage:
         said: list[str] = []
         with _listening(said, self._watch and self.header.kind == "jpeg"):
             try:
-                image = cv2.imdecode(np.frombuffer(self._encoded, np.uint8), flags)
+                image = cv2.imdecode(np.frombuffer(self.encoded, np.uint8), flags)
             except (cv2.error, MemoryError):
                 image = None
         self.damage = "; ".join(dict.fromkeys(line for line in said if "JPEG" in line.upper()))
@@ -162,7 +163,7 @@ class EncodedImage:
         return np.asarray(image)
 
     def _undecodable(self) -> UnreadableImageError:
-        return UnreadableImageError(f"{self.path}: the image does not decode ({len(self._encoded)} bytes)")
+        return UnreadableImageError(f"{self.path}: the image does not decode ({len(self.encoded)} bytes)")
 
 
 _one_listens = threading.Lock()
