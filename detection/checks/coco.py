@@ -94,11 +94,13 @@ def read_coco(path: Path, image_dir: Path | None, number: int, name: str) -> Spl
     own_ids = np.array([category.id for category in kept], np.int64)
     first = {id_: label for label, id_ in enumerate(dict.fromkeys(by_name.values()))}
     label_of = np.array([first[by_name[category.name]] for category in kept], np.int64)
-    place = positions_of(content.category_ids, own_ids)
-    labels = np.where(place >= 0, label_of[place], -1) if len(kept) else np.full(len(place), -1)
+    labels = positions_of(content.category_ids, own_ids)
+    if len(kept):
+        labels = np.where(labels >= 0, label_of[labels], -1)
     unique_ids, first_of = np.unique(image_ids, return_index=True)
-    unique_place = positions_of(content.image_ids, unique_ids)
-    images = np.where(unique_place >= 0, first_of[unique_place], -1) if len(image_ids) else unique_place
+    images = positions_of(content.image_ids, unique_ids)
+    if len(image_ids):
+        images = np.where(images >= 0, first_of[images], -1)
     for record in np.flatnonzero(images < 0).tolist():
         text = f"annotation {content.ids[record]} names image_id {content.image_ids[record]}, which `images` has not"
         findings.append(Finding(kind="unknown-image", split=number, record=record, message=text))

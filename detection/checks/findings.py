@@ -59,7 +59,10 @@ _ALL = (
         "no-size-voc", "warning", "XML file without a size (0x0)",
         "Nothing to do: litedet convert takes the size of the image.", "the image's size written",
     ),
-    Kind("annotation-without-image", "error", "Annotation file without an image", "Add the image, or remove the file.", "left out"),
+    Kind(
+        "annotation-without-image", "error", "Annotation file without an image",
+        "Add the image, or remove the file.", "left out",
+    ),
     # Boxes
     Kind("box-not-finite", "error", "Box with a number that is not finite", "Draw the box again.", "left out"),
     Kind(
@@ -100,13 +103,19 @@ _ALL = (
         "Right where there is nothing to find: it teaches background. An unlabelled image teaches wrong things.",
     ),
     # Files
-    Kind("missing-image", "error", "Image file that is not there", "Add the file, or remove its record.", "left out with its annotations"),
+    Kind(
+        "missing-image", "error", "Image file that is not there",
+        "Add the file, or remove its record.", "left out with its annotations",
+    ),
     Kind("not-an-image", "error", "File that is no image", "Replace the file.", "left out with its annotations"),
     Kind(
         "truncated-image", "error", "Image that is cut off or does not decode",
         "Copy the file again; the disk or the download lost a part.", "left out with its annotations",
     ),
-    Kind("too-large", "error", "Image of too many pixels", "Make it smaller, or cut it into tiles.", "left out with its annotations"),
+    Kind(
+        "too-large", "error", "Image of too many pixels",
+        "Make it smaller, or cut it into tiles.", "left out with its annotations",
+    ),
     Kind(
         "damaged-image", "warning", "JPEG with damage in its middle",
         "It decodes to partly wrong pixels: copy the file again.",
@@ -139,7 +148,10 @@ _ALL = (
         "Look: is an object unlabelled, or is the detector wrong?",
     ),
     Kind("label-class", "warning", "Found with confidence as another class", "Look which of the two classes is right."),
-    Kind("label-place", "warning", "Found with confidence, but the label lies elsewhere", "Look whether the label fits the object."),
+    Kind(
+        "label-place", "warning", "Found with confidence, but the label lies elsewhere",
+        "Look whether the label fits the object.",
+    ),
     Kind("label-not-found", "warning", "Label that no detection finds", "Look whether there is an object at all."),
 )  # fmt: skip
 

@@ -80,19 +80,15 @@ class Split:
 
         Args:
             sizes: [I, 2], (height, width) of the images as they are shown; 0 where unknown. Boxes that are shares of an image
-                of unknown size are left out.
+                of unknown size lose it.
         """
         open_ = self.sizes[:, 0] == 0
         self.sizes[open_] = sizes[open_]
         if self.shares:
-            of_boxes = self.box_sizes()
-            self._keep(of_boxes[:, 0] > 0)
-            self.xywh = self.xywh * self.box_sizes()[:, [1, 0, 1, 0]]
+            known = self.box_sizes()
+            self.images = np.where(known[:, 0] > 0, self.images, -1)
+            self.xywh = self.xywh * known[:, [1, 0, 1, 0]]
             self.shares = False
-
-    def _keep(self, records: NDArray[np.bool_]) -> None:
-        for name in ("annotation_ids", "images", "labels", "xywh", "crowd", "places"):
-            setattr(self, name, getattr(self, name)[records])
 
     def class_name(self, record: int) -> str:
         label = int(self.labels[record])
