@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from backbones.errors import UserError
 from detection.checks.findings import Finding
 from detection.checks.split import Split
-from detection.data.coco import decode_coco, exif_of, positions_of
+from detection.data.coco import decode_coco, exif_of, no_garbage_collection, positions_of
 
 _WHOLE = 2**53  # whole numbers up to here are exact as floats
 
@@ -63,10 +63,11 @@ def read_coco(path: Path, image_dir: Path | None, number: int, name: str) -> Spl
     if not path.is_file():
         raise FileNotFoundError(f"annotation file {path} does not exist or is not a file")
     findings: list[Finding] = []
-    try:
-        content = _strict(path)
-    except UserError as error:
-        content = _loose(path, error, number, findings)
+    with no_garbage_collection():
+        try:
+            content = _strict(path)
+        except UserError as error:
+            content = _loose(path, error, number, findings)
 
     image_ids = np.array([image.id for image in content.images], np.int64)
     for place in _repeats(image_ids):

@@ -117,11 +117,13 @@ def near_pairs(
     Args:
         thumbs: uint8 [I, 9, 9].
     """
+    if not len(thumbs):
+        return
     contrast = thumbs.reshape(len(thumbs), -1).std(axis=1)
     rows = np.flatnonzero(contrast >= _LEAST_CONTRAST)
     hashes = difference_hashes(thumbs[rows])
     centred = thumbs[rows].reshape(len(rows), -1).astype(np.int16)
-    centred -= centred.mean(axis=1, keepdims=True).astype(np.int16) if len(rows) else 0
+    centred -= centred.mean(axis=1, keepdims=True).astype(np.int16)
     bands = hashes.view(np.uint16)
     for band in range(_BANDS):
         # Sorted by the band and then by the whole hash, so that in a crowded band near ones stand near each other.
@@ -194,6 +196,8 @@ def _findings(
             number, other_number = int(split_of[row]), int(split_of[other])
             position, other_position = row - int(starts[number]), other - int(starts[other_number])
             own, before = splits[number], splits[other_number]
+            if own is before and own.file_names[position] == before.file_names[other_position]:
+                continue  # one file under two records, which is a finding of its own
             text = f"{own.file_names[position]} is {'' if distances is None else 'nearly '}{before.file_names[other_position]}"
             if number != other_number:
                 text += f" of {before.name}"

@@ -63,9 +63,8 @@ def read_voc(
         for record in records:
             out.find("annotation-without-image", f"{record}: listed, without an annotation file")
     if names is None:
-        out.class_names = sorted(
-            {name for root in roots.values() for item in root.findall("object") if (name := object_name(item))}
-        )
+        items = (item for root in roots.values() for item in root.findall("object"))
+        out.class_names = sorted(set(map(object_name, items)) - {""})
     else:
         out.class_names = read_class_names(names)
     with_stem: dict[str, list[Path]] = defaultdict(list)

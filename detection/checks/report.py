@@ -70,7 +70,8 @@ def _kind(checked: Checked, kind: str) -> pages.Html:
     title = pages.join([about.title, " ", pages.tag(f"{len(found):,}", about.severity)], "")
     fix = f" --fix: {about.fix}." if about.fix else ""
     parts: list[object] = [pages.paragraph(about.mend + fix, class_="dim")]
-    figures, rest = [], []
+    figures: list[pages.Html] = []
+    rest: list[Finding] = []
     for finding in found:
         drawn = draw_finding(checked, finding) if len(figures) < _SHOWN else None
         if drawn is None:
@@ -144,7 +145,7 @@ def draw_boxes(image: NDArray[np.uint8], boxes: NDArray[np.float64], names: list
         names: N texts.
     """
     finite = np.isfinite(boxes).all(axis=1)
-    boxes, names = boxes[finite], [name for name, kept in zip(names, finite.tolist(), strict=True) if kept]
+    boxes, names = boxes[finite], [names[place] for place in np.flatnonzero(finite)]
     height, width = image.shape[:2]
     if not len(boxes):
         return image
@@ -156,15 +157,13 @@ def draw_boxes(image: NDArray[np.uint8], boxes: NDArray[np.float64], names: list
         image = np.pad(image, around, constant_values=200)
         boxes = boxes - np.tile(low, 2)
     extent = boxes[:, 2:].max(axis=0) - boxes[:, :2].min(axis=0)
-    if extent.max() < _CLOSE * max(image.shape[:2]):
-        centre = (boxes[:, 2:].max(axis=0) + boxes[:, :2].min(axis=0)) / 2
+    centre = (boxes[:, 2:].max(axis=0) + boxes[:, :2].min(axis=0)) / 2
+    if extent.max() < _CLOSE * max(image.shape[:2]) and (centre < image.shape[1::-1]).all() and (centre >= 0).all():
         reach = max(3 * extent.max(), 16.0)
         x1, y1 = np.clip(centre - reach, 0, None).astype(int).tolist()
         x2, y2 = np.ceil(centre + reach).astype(int).tolist()
         image = np.ascontiguousarray(image[y1:y2, x1:x2])
         boxes = boxes - (x1, y1, x1, y1)
-    if not image.size:
-        return image
     scale = _SIDE / max(image.shape[:2])
     if scale < 1:  # drawn at the size at which it is looked at, so that lines and letters stay legible
         image, boxes = image_grid([image], cell=_SIDE), boxes * scale

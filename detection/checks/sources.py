@@ -39,7 +39,8 @@ def read_splits(
         raise UserError(
             f"--images has {len(image_dirs)} folders for {len(paths)} datasets; give one for each, or one for all"
         )
-    folders: list[Path | None] = [*image_dirs] if len(image_dirs) > 1 else [*(image_dirs or [None])] * len(paths)
+    folders: list[Path | None] = [*image_dirs] or [None]
+    folders = folders * (len(paths) // len(folders))
     for folder in folders:
         if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"image folder {folder} does not exist or is not a folder")

@@ -175,7 +175,7 @@ class CocoIndex:
         cached = _cache_path(path) if cache and path.stat().st_size >= CACHE_FROM_BYTES else None
         index = _read_cache(cached, path) if cached else None
         if index is None:
-            with _no_garbage_collection():
+            with no_garbage_collection():
                 index = _build(path)
             if cached:
                 _write_cache(cached, index)
@@ -508,7 +508,7 @@ def _decode_in_pieces(data: memoryview) -> tuple[list[_Image], list[_Category], 
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """For a million new objects, none of them garbage: the collector would walk over them again and again."""
     enabled = gc.isenabled()
     gc.disable()
