@@ -24,7 +24,7 @@ _CSS = """
   --line: #343c45; --accent: #6cb3ff; --error: #ff7b72; --warning: #e3a73b; --good: #56d364; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 3rem) 4rem; max-width: 90rem; background: var(--ground);
-  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.3rem; margin: 2.4rem 0 .6rem; padding-top: .8rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1.05rem; margin: 1.6rem 0 .4rem; }
@@ -36,7 +36,7 @@ pre code { padding: 0; }
 .dim { color: var(--dim); }
 .error { color: var(--error); } .warning { color: var(--warning); } .good { color: var(--good); }
 .tag { display: inline-block; padding: 0 .5em; border: 1px solid currentColor; border-radius: 1em; font-size: .8rem;
-  font-weight: 600; vertical-align: middle; }
+  font-weight: 600; vertical-align: middle; white-space: nowrap; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0; font-size: .93rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -50,7 +50,7 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; max-width: 100%; max-height: 26rem; height: auto; border-radius: 6px; background: var(--card); }
 figure svg { display: block; width: 100%; height: auto; }
-figcaption { font-size: .86rem; color: var(--dim); margin-top: .3rem; }
+figcaption { overflow-wrap: anywhere; font-size: .86rem; color: var(--dim); margin-top: .3rem; }
 summary { cursor: pointer; color: var(--accent); }
 """.strip()
 
