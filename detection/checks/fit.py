@@ -35,7 +35,8 @@ SMALL = 8.0
 """Pixels of the network's input: of an object that is smaller (square root of its area) little is left to see."""
 _SIZE_EDGES = (0.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, math.inf)
 _REACH = 0.9  # IoU of the best box that a LiteDet point can describe, from which on an object is in reach
-_SAMPLE = 20_000  # objects that suggestions are tried on
+MOST_OBJECTS = 50_000
+"""Objects that are looked at; of more, a random choice, which tells a share to half a per cent."""
 _LEAST_GAIN = 0.005  # of the recall, for a suggestion
 _GAIN_OF_MAP = 0.03  # of the recall, for one more, finer feature map, which costs time
 _MIN_SCALES = (0.02, 0.03, 0.04, 0.05, 0.06, 0.08, 0.1, 0.12, 0.15, 0.2, 0.25, 0.3)
@@ -132,7 +133,7 @@ class Suggestion:
 
 
 def objects_at_input(split: Split, config: DetectorConfig, input_size: tuple[int, int] | None = None) -> Objects:
-    """The objects of a split that training uses, at the input of a network.
+    """The objects of a split that training uses, at the input of a network: all, or the same 50,000 every time.
 
     Args:
         split: with the sizes of its images.
@@ -141,6 +142,8 @@ def objects_at_input(split: Split, config: DetectorConfig, input_size: tuple[int
     """
     height, width = input_size or config.input_size
     records = np.flatnonzero(split.usable())
+    if len(records) > MOST_OBJECTS:
+        records = np.sort(np.random.default_rng(0).choice(records, MOST_OBJECTS, replace=False))
     sizes = split.box_sizes()[records].astype(np.float64)
     boxes = split.xywh[records].copy()
     boxes[:, 2:] += boxes[:, :2]
@@ -175,11 +178,11 @@ def fit_detector(split: Split, config: DetectorConfig, threshold: float = 0.5) -
         ious = shape_ious(objects.boxes, generator, config.input_size)
         best, side = ious.argmax(axis=1), min(config.input_size)
         shapes = [(spec.stride, *shape) for spec, maps in zip(specs, generator.shapes, strict=True) for shape in maps]
-        rows = [
+        rows: list[tuple[Any, ...]] = [
             (stride, f"{w * side:.0f} x {h * side:.0f}", share(ious[:, n] >= threshold), share(best == n))
             for n, (stride, w, h) in enumerate(shapes)
         ]
-        header = (
+        header: tuple[str, ...] = (
             "stride",
             "anchor (width x height)",
             f"objects it can match (IoU {threshold:g})",
@@ -211,7 +214,7 @@ def fit_detector(split: Split, config: DetectorConfig, threshold: float = 0.5) -
         ]  # fmt: skip
     fit = Fit(
         kind=config.kind,
-        input_size=tuple(config.input_size),
+        input_size=config.input_size,
         objects=objects,
         quality=quality,
         threshold=threshold,
@@ -363,7 +366,7 @@ def _choices(split: Split, config: DetectorConfig, threshold: float) -> Iterable
         cost = size[0] * size[1] / (height * width)
         yield InputChoice(f"{size[1]} x {size[0]}", share(sides_of(boxes) < SMALL), share(quality >= threshold), cost)
     boxes = objects_at_input(split, config, (2 * height, 2 * width)).boxes
-    # An object at a cut is in a neighbouring slice too: its place in a slice is taken as that in the image, modulo.
+    # Each object in the slice that has its centre. One that a cut goes through sticks out, as it would with a margin.
     shift = np.floor((boxes[:, :2] + boxes[:, 2:]) / 2 / (width, height)) * (width, height)
     sliced = boxes - np.tile(shift, 2)
     yield InputChoice(
@@ -371,19 +374,15 @@ def _choices(split: Split, config: DetectorConfig, threshold: float) -> Iterable
     )
 
 
-def suggest(split: Split, config: DetectorConfig, threshold: float = 0.5, seed: int = 0) -> Suggestion:
+def suggest(split: Split, config: DetectorConfig, threshold: float = 0.5) -> Suggestion:
     """Settings of the same kind of detector that reach more objects.
 
     The network keeps its size: as many anchors in a cell at most; one finer map is suggested only where it reaches much more.
 
     Args:
         split, config, threshold: as for ``fit_detector``.
-        seed: of the choice of objects, where there are more than 20,000.
     """
-    objects = objects_at_input(split, config)
-    boxes = objects.boxes
-    if len(boxes) > _SAMPLE:
-        boxes = boxes[np.random.default_rng(seed).choice(len(boxes), _SAMPLE, replace=False)]
+    boxes = objects_at_input(split, config).boxes
     if isinstance(config, SSDLiteConfig):
         return _suggest_anchors(boxes, config, threshold)
     assert isinstance(config, LiteDetConfig)
@@ -443,11 +442,11 @@ def _best_anchors(
         )
         if low < high
     ]
-    for candidates in (
-        lambda: scales,
-        lambda: [replace(best.anchors, ratios=ratios) for ratios in _ratio_sets(boxes, anchors)],
-    ):
-        for candidate in candidates():
+    for step in ("scales", "ratios"):
+        candidates = scales
+        if step == "ratios":
+            candidates = [replace(best.anchors, ratios=ratios) for ratios in _ratio_sets(boxes, anchors)]
+        for candidate in candidates:
             tried = config.replaced(anchors=candidate)
             tried_quality = _quality(boxes, tried, specs)
             if _rank(tried_quality, threshold) > rank + 1e-9:
@@ -483,9 +482,10 @@ def _finer_features(config: DetectorConfig) -> tuple[str, ...] | None:
 
 def _suggest_points(boxes: NDArray[np.float64], config: LiteDetConfig) -> Suggestion:
     before = share(_quality(boxes, config) >= _REACH)
-    tried: list[tuple[list[str], LiteDetConfig, str]] = []
-    for bins in (config.bins + 2, config.bins + 4, config.bins + 8):
-        tried.append((["--model.bins", str(bins)], config.replaced(bins=bins), "distances that reach further"))
+    tried = [
+        (["--model.bins", str(bins)], config.replaced(bins=bins), "distances that reach further")
+        for bins in (config.bins + 2, config.bins + 4, config.bins + 8)
+    ]
     finer = _finer_features(config)
     if finer is not None:
         remark = "a finer feature map, which costs time and memory"

@@ -3,6 +3,8 @@
 $ litedet check TRAIN.json VAL.json --images DIR --report REPORT.html
 $ litedet check Annotations --images JPEGImages --list trainval.txt test.txt
 $ litedet check labels --images images --names data.yaml --fix CLEAN.json
+$ litedet check TRAIN.json --images DIR --recipe finetune:detector --suggest
+$ litedet check VAL.json --images DIR --checkpoint RUN/best.pt --report REPORT.html
 
 Exit status: 0 without errors (warnings do not count), 1 with errors, 2 where the check itself could not be made.
 """
@@ -23,6 +25,9 @@ from detection.engine.errors import main_errors
 
 if TYPE_CHECKING:
     from detection.checks.check import Checked
+    from detection.inference.predictor import Predictor
+    from detection.models.detector import DetectorConfig
+    from detection.pages import Html
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,6 +50,15 @@ class CheckConfig:
     """Write an HTML page with images of the faults here; of a folder, index.html in it."""
     fix: tuple[Path, ...] = ()
     """Write a clean COCO json here, one for each split, and say what was changed."""
+    recipe: str | None = None
+    """Tell how the detector of this recipe fits the objects of the first split: FILE:FUNCTION, as finetune:detector."""
+    suggest: bool = False
+    """Look for settings of the recipe (finetune:detector if none is given) that fit better, and print them as litedet train
+    takes them."""
+    checkpoint: str | None = None
+    """Look for suspected label errors with this detector: a training's best.pt, a .safetensors, or a published name."""
+    device: str = "auto"
+    """Where that detector runs: auto, cpu, cuda, cuda:N or mps."""
     fail_on: Literal["error", "warning", "never"] = "error"
     """What makes the exit status 1."""
     workers: int | None = None
@@ -83,13 +97,19 @@ def main(argv: Sequence[str] | None = None) -> Checked:
     from detection.checks.sources import read_splits
 
     splits = read_splits(config.data, config.images, names=config.names, lists=config.list)
+    if config.checkpoint is not None and splits[0].image_dir is None:
+        raise UserError("--images is missing: the folder of the images that the detector of --checkpoint is to see")
+    fit = _Fitting(config)
     checked = check_splits(splits, pixels=config.pixels, workers=config.workers)
+    sections = fit(checked)
     print(checked)
+    if fit.text:
+        print(fit.text)
     if config.json is not None:
         _write_json(config.json, checked.to_plain())
         print(f"findings written to {config.json}")
     if config.page is not None:
-        _write(config.page, report_page(checked).encode())
+        _write(config.page, report_page(checked, sections).encode())
         print(f"report written to {config.page}")
     for split, out in zip(splits, config.fix, strict=False):
         lines = write_mended(checked, split, out)
@@ -98,6 +118,50 @@ def main(argv: Sequence[str] | None = None) -> Checked:
     if faults:
         raise SystemExit(1)
     return checked
+
+
+class _Fitting:
+    """What a check does with a detector; it is read before images are, so that a mistake in its name shows at once."""
+
+    def __init__(self, config: CheckConfig) -> None:
+        self.text = ""
+        self.model: DetectorConfig | None = None
+        self.detector: Predictor | None = None
+        self.threshold, self.suggest, self.command = 0.5, config.suggest, ""
+        if config.recipe is not None or config.suggest:
+            from detection.cli.recipes import read_recipe
+            from detection.training.config import DetectionConfig
+
+            name = config.recipe or "finetune:detector"
+            recipe = read_recipe(name)()
+            if not isinstance(recipe, DetectionConfig):
+                raise UserError(f"--recipe {name} gives a {type(recipe).__name__}; a detector's is needed")
+            self.model, self.command = recipe.model, f"litedet train {name}"
+            matcher = getattr(recipe.loss, "matcher", None)
+            self.threshold = 0.5 if matcher is None else matcher.iou_threshold
+        if config.checkpoint is not None:
+            from detection.checks.labels import load_for_labels
+
+            self.detector = load_for_labels(config.checkpoint, config.device)
+            self.model = self.model or self.detector.info.model
+
+    def __call__(self, checked: Checked) -> list[Html]:
+        """Adds suspected label errors to the findings; the sections of the page on the fit."""
+        if self.detector is not None:
+            from detection.checks.labels import find_label_errors
+
+            for split in checked.splits:
+                checked.add(find_label_errors(checked, split, self.detector))
+        if self.model is None:
+            return []
+        from detection.checks.fit import fit_detector, suggest
+        from detection.checks.fit_report import fit_section, fit_text
+
+        split = checked.splits[0]
+        fit = fit_detector(split, self.model, self.threshold)
+        suggestion = suggest(split, self.model, self.threshold) if self.suggest else None
+        self.text = fit_text(fit, suggestion, self.command)
+        return [fit_section(checked, split, fit, suggestion, self.command)]
 
 
 def _write_json(path: Path, content: object) -> None:
