@@ -369,9 +369,9 @@ def _choices(split: Split, config: DetectorConfig, threshold: float) -> Iterable
     # Each object in the slice that has its centre. One that a cut goes through sticks out, as it would with a margin.
     shift = np.floor((boxes[:, :2] + boxes[:, 2:]) / 2 / (width, height)) * (width, height)
     sliced = boxes - np.tile(shift, 2)
-    yield InputChoice(
-        "in 2 x 2 slices", share(sides_of(boxes) < SMALL), share(_quality(sliced, config) >= threshold), 4.0
-    )
+    whole = _quality(objects_at_input(split, config).boxes, config)
+    recall = share(np.maximum(_quality(sliced, config), whole) >= threshold)
+    yield InputChoice("whole, and in 2 x 2 slices", share(sides_of(boxes) < SMALL), recall, 5.0)
 
 
 def suggest(split: Split, config: DetectorConfig, threshold: float = 0.5) -> Suggestion:

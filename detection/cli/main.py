@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "eval",
     "video": "video",
     "check": "check",
+    "inspect": "inspect",
     "convert": "convert",
     "convert-weights": "convert_weights",
     "benchmark": "benchmark",

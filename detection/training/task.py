@@ -77,7 +77,7 @@ class DetectionTask:
         _log.info("%s", describe(self.train_index, config.model.input_size))
         self._evaluator = CocoEvaluator(self.val_index)
         seed_everything(config.train.seed)  # the first weights of new layers
-        self.config, self.model = _build_model(config, names, adopted)
+        self.config, self.model = build_model(config, names, adopted)
         self.step = TrainingStep(self.model, self.config.loss.build(self.model))
         self.num_train = len(self.train_index)
         self.lr_scales: Mapping[str, float] = {"backbone.": config.backbone_lr_scale}
@@ -176,12 +176,15 @@ class DetectionTask:
         writer.add_image("training/predictions", image_grid(drawn), step, dataformats="HWC")
 
 
-def _build_model(
+def build_model(
     config: DetectionConfig, names: tuple[str, ...], adopted: DetectionConfig | None
 ) -> tuple[DetectionConfig, Detector]:
     """The config as adopted, which is another object than ``config``, and its network.
 
     The network is filled with the weights to start from, or built as ``adopted`` says and left to a checkpoint.
+
+    Raises:
+        UserError, FileNotFoundError: weights that are not there or do not fit.
     """
     if adopted is not None:
         config = replace(config, model=adopted.model, loss=adopted.loss)
