@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from detection.checks.files import FileTable
+from detection.checks.files import THUMB, FileTable
 from detection.checks.findings import Finding
 from detection.checks.split import Split
 
@@ -117,12 +117,10 @@ def near_pairs(
     Args:
         thumbs: uint8 [I, 9, 9].
     """
-    if not len(thumbs):
-        return
-    contrast = thumbs.reshape(len(thumbs), -1).std(axis=1)
+    contrast = thumbs.reshape(-1, THUMB * THUMB).std(axis=1)
     rows = np.flatnonzero(contrast >= _LEAST_CONTRAST)
     hashes = difference_hashes(thumbs[rows])
-    centred = thumbs[rows].reshape(len(rows), -1).astype(np.int16)
+    centred = thumbs[rows].reshape(-1, THUMB * THUMB).astype(np.int16)
     centred -= centred.mean(axis=1, keepdims=True).astype(np.int16)
     bands = hashes.view(np.uint16)
     for band in range(_BANDS):

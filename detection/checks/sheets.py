@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from detection.data.augment import TrainTransform
 from detection.data.coco import CocoIndex
 from detection.data.dataset import DetectionDataset
-from detection.data.loader import build_loader
+from detection.data.loader import EpochSampler, build_loader
 from detection.images.draw import draw_target, image_grid
 from detection.models.detector import Detector
 from detection.structures import Batch
@@ -69,8 +69,10 @@ def training_batch(index: CocoIndex, config: DetectionConfig, num_images: int, e
     images = data.split("train")[1]
     dataset = DetectionDataset(index, images, transform, exif=data.exif, max_pixels=data.max_pixels)
     loader = build_loader(dataset, batch_size=min(num_images, len(dataset)), seed=config.train.seed)
+    assert isinstance(loader.sampler, EpochSampler)
     loader.sampler.set_epoch(epoch)
-    return next(iter(loader))
+    batch: Batch = next(iter(loader))
+    return batch
 
 
 def augmented_sheet(batch: Batch, class_names: Sequence[str]) -> NDArray[np.uint8]:

@@ -3,9 +3,9 @@
 $ litedet inspect finetune:detector --data.train.annotations FILE --data.train.images DIR --out DIR
 $ litedet inspect RUN --out DIR
 
-It takes what litedet train takes, and writes DIR/augmented.jpg and DIR/assignment.jpg. Of a run, its best weights decide where the
-network's predictions matter. Besides: --out DIR (where to write; "inspect" by default), --num-images N (16), --epoch N (0, whose
-changes of the images are drawn).
+It takes what litedet train takes, and writes DIR/augmented.jpg and DIR/assignment.jpg. Of a run, its best weights decide where
+predictions matter. Besides: --out DIR (where to write; "inspect" by default), --num-images N (16), --epoch N (0, whose changes
+of the images are drawn).
 """
 
 from __future__ import annotations
