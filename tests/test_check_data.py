@@ -356,17 +356,12 @@ def test_near_pairs_are_those_of_a_plain_loop() -> None:
     hashes = difference_hashes(thumbs)
     centred = thumbs.reshape(len(thumbs), -1).astype(float)
     centred -= centred.mean(axis=1, keepdims=True).astype(int)
-    wanted = {
-        (first, second)
-        for first in range(250)
-        for second in range(first + 1, 250)
-        if bit_counts(hashes[first] ^ hashes[second]).sum() <= 7
-        and np.abs(centred[first] - centred[second]).mean() <= 12
-        and min(thumbs[first].std(), thumbs[second].std()) >= 4
-    }
-    found = {
-        pair for first, second, _ in near_pairs(thumbs) for pair in zip(first.tolist(), second.tolist(), strict=True)
-    }
+    bits = np.unpackbits(hashes.view(np.uint8), axis=1).astype(int)
+    close = np.abs(bits[:, None] - bits).sum(axis=2) <= 7
+    alike = np.abs(centred[:, None] - centred).mean(axis=2) <= 12
+    shown = thumbs.reshape(len(thumbs), -1).std(axis=1) >= 4
+    wanted = {(int(one), int(two)) for one, two in np.argwhere(np.triu(close & alike & shown & shown[:, None], 1))}
+    found = {pair for one, two, _ in near_pairs(thumbs) for pair in zip(one.tolist(), two.tolist(), strict=True)}
     assert found == wanted
     assert len(wanted) > 60
     assert not list(near_pairs(thumbs[:0]))

@@ -8,7 +8,7 @@ Letters in shapes: I images, N boxes (annotation records), K classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,15 +80,24 @@ class Split:
 
         Args:
             sizes: [I, 2], (height, width) of the images as they are shown; 0 where unknown. Boxes that are shares of an image
-                of unknown size lose it.
+                of unknown size are left out.
         """
         open_ = self.sizes[:, 0] == 0
         self.sizes[open_] = sizes[open_]
         if self.shares:
-            known = self.box_sizes()
-            self.images = np.where(known[:, 0] > 0, self.images, -1)
-            self.xywh = self.xywh * known[:, [1, 0, 1, 0]]
+            self._keep(self.box_sizes()[:, 0] > 0)
+            self.xywh = self.xywh * self.box_sizes()[:, [1, 0, 1, 0]]
             self.shares = False
+
+    def _keep(self, records: NDArray[np.bool_]) -> None:
+        for name in ("annotation_ids", "images", "labels", "xywh", "crowd", "places"):
+            setattr(self, name, getattr(self, name)[records])
+        new_row = np.cumsum(records) - 1
+        self.findings = [
+            one if one.record is None else replace(one, record=int(new_row[one.record]))
+            for one in self.findings
+            if one.record is None or records[one.record]
+        ]
 
     def class_name(self, record: int) -> str:
         label = int(self.labels[record])
