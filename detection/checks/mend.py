@@ -147,7 +147,8 @@ def _sized(checked: Checked, split: Split, position: int, record: dict[str, Any]
             note("no-size", "the file was not read, left as it is")
             return record
         note("no-size")
-    return {**record, "width": int(width), "height": int(height)}
+    turned = {"exif_orientation": "applied"} if split.form == "yolo" and table.orientations[position] != 1 else {}
+    return {**record, "width": int(width), "height": int(height)} | turned  # YOLO's own tools turn images
 
 
 def _mended_box(split: Split, row: int) -> list[float] | None:
