@@ -111,7 +111,7 @@ class Fit:
         rows = []
         for low, high in pairwise(_SIZE_EDGES):
             inside = (sides >= low) & (sides < high)
-            name = f"{low:.0f}–{high:.0f}" if math.isfinite(high) else f"{low:.0f} and more"
+            name = f"{low:.0f}–{high:.0f}" if math.isfinite(high) else f"{low:.0f}+"
             rows.append((name, int(inside.sum()), share(self.reached[inside])))
         return rows
 

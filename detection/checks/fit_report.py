@@ -50,7 +50,7 @@ def _meaning(fit: Fit) -> str:
 def fit_section(checked: Checked, split: Split, fit: Fit, suggestion: Suggestion | None, command: str) -> pages.Html:
     """The section of the page; the objects that nothing reaches are drawn, the worst first."""
     height, width = fit.input_size
-    by_size = fit.by_size()
+    by_size = [row for row in fit.by_size() if row[1]]
     parts: list[object] = [
         pages.paragraph(
             f"{fit.recall:.1%} of {len(fit.quality):,} objects of {split.name} are reached: {_meaning(fit)}."
@@ -59,7 +59,7 @@ def fit_section(checked: Checked, split: Split, fit: Fit, suggestion: Suggestion
             [
                 pages.column_chart(
                     "Reached, by size at the input", [name for name, *_ in by_size],
-                    [0 if np.isnan(recall) else 100 * recall for *_, recall in by_size],
+                    [100 * recall for *_, recall in by_size],
                     "square root of the area in pixels", "%",
                 ),
                 pages.column_chart(
