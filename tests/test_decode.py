@@ -151,6 +151,31 @@ def test_a_jpeg_whose_end_is_zeros_or_has_a_tail(tmp_path: Path) -> None:
     assert read_image(tmp_path / "a").shape == (60, 80, 3)
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_without_its_end_marker_is_used_and_named(
+    tmp_path: Path, progressive: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    buffer = BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG", progressive=progressive)
+    whole = buffer.getvalue()
+    (tmp_path / "whole").write_bytes(whole)
+    expected = read_image(tmp_path / "whole")
+    for lost, padding in [(2, 0), (2, 300), (3, 0)]:  # the marker, the marker overwritten by zeros, one byte more
+        (tmp_path / "a").write_bytes(whole[:-lost] + bytes(padding))
+        image = EncodedImage(tmp_path / "a", watch=True)
+        assert image.header.size == (120, 160)
+        assert (image.decode() != expected).any(-1).mean() < (0.01 if lost > 2 else 1e-9)
+        assert image.damage.startswith("JPEG without its end marker")
+        image.decode(2)
+        assert image.damage.count("without its end marker") == 1
+    for lost in (len(whole) // 20, len(whole) // 3):
+        (tmp_path / "a").write_bytes(whole[:-lost])
+        with pytest.raises(UnreadableImageError, match="does not decode"):
+            EncodedImage(tmp_path / "a")
+    assert capfd.readouterr().err == ""
+
+
 def test_what_is_no_image_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")  # opening it would wait for a writer
     with pytest.raises(UnreadableImageError, match=r"pipe.jpg: a pipe, a socket or a device, not an image file"):

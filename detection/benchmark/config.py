@@ -9,8 +9,8 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from backbones.errors import UserError
-from detection.inference.runners import Backend
 
+Backend = Literal["torch", "compile", "onnxruntime", "openvino"]  # those of inference.runners, which loads torch
 Stage = Literal["predict", "backends", "postprocess", "train", "busy", "loader", "open", "evaluate"]
 NUM_IMAGES = 96  # read from --images, or drawn
 _PACKAGES: dict[Backend, tuple[str, ...]] = {

@@ -18,6 +18,7 @@ import tyro
 from backbones.errors import UserError
 from detection.cli.outputs import refuse_overwrites
 from detection.engine.errors import main_errors
+from detection.engine.streams import LineHandler
 from detection.images.decode import MAX_PIXELS
 
 if TYPE_CHECKING:  # what loads torch is imported when the command line is parsed
@@ -86,7 +87,7 @@ class EvalConfig:
 def main(argv: Sequence[str] | None = None) -> EvaluationResult:
     config = tyro.cli(EvalConfig, args=sys.argv[1:] if argv is None else argv, description=__doc__)
     config.validate()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LineHandler(sys.stdout)])
     refuse_overwrites(
         {
             "the checkpoint": config.checkpoint,

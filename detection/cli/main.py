@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from detection.cli.docstrings import summary_of
+from detection.engine.streams import quiet_without_reader
 
 # Name -> module. It is imported when its command is asked for, because torch takes seconds.
 COMMANDS = {
@@ -24,6 +25,7 @@ COMMANDS = {
 }
 
 
+@quiet_without_reader()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that ``argv`` begins with. Exit codes: 0, 2 for wrong usage, and those of the commands.
 

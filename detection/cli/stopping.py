@@ -1,24 +1,25 @@
 """Being stopped from outside without losing what was made so far."""
 
 import contextlib
-import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from detection.engine.streams import let_go
+
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP came: what Ctrl-C does, for ``docker stop``, a batch system or a closed terminal.
+    """SIGTERM or SIGHUP came: what Ctrl-C does, for ``docker stop``, a batch system or a closed terminal. Or Ctrl-C itself.
 
     Attributes:
-        name: of the signal.
+        name: of the signal; of SIGINT "Ctrl-C".
         status: the exit status that goes with it, 128 and its number, as shells have it.
     """
 
     def __init__(self, number: int) -> None:
-        self.name = signal.Signals(number).name
+        self.name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         self.status = 128 + number
         super().__init__(f"stopped by {self.name}")
 
@@ -58,7 +59,4 @@ def let_go_of_terminal() -> None:
         try:
             stream.flush()
         except OSError:
-            with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+            let_go(stream)

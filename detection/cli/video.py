@@ -2,8 +2,8 @@
 
 $ litedet video RUN/best.pt --source FILE|0|URL|FOLDER --out OUT.mp4 --json OUT.jsonl
 
-It ends with the video, with q or Esc in the window, or with Ctrl-C. SIGTERM (docker stop), SIGHUP (a closed terminal) and a
-source that breaks off end it too, with an exit status other than 0. Video and lines are whole in all these cases.
+It ends with the video, or with q or Esc in the window. Ctrl-C, SIGTERM (docker stop), SIGHUP (a closed terminal) and a source
+that breaks off end it too, with an exit status other than 0. Video and lines are whole in all these cases.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -157,9 +158,9 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
                 if stop or num_frames == config.max_frames:
                     break
         except KeyboardInterrupt as error:
-            terminated = error if isinstance(error, Terminated) else None
+            terminated = error if isinstance(error, Terminated) else Terminated(signal.SIGINT)
             with contextlib.suppress(OSError):  # the terminal may be what was closed
-                progress.write(str(terminated or "stopped by Ctrl-C"), file=sys.stderr)
+                progress.write(str(terminated), file=sys.stderr)
         seconds = time.monotonic() - begin
     result = DemoResult(
         num_frames=num_frames,

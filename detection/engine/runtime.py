@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones.errors import UserError
 from detection.engine.errors import EXPECTED, tell
+from detection.engine.streams import LineHandler
 from detection.engine.workers import clear_failures
 
 DeviceChoice: TypeAlias = str | int | torch.device | None
@@ -119,7 +120,7 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(message)s" if world_size == 1 else f"[{rank}] %(message)s",
-        stream=sys.stdout,
+        handlers=[LineHandler(sys.stdout)],
     )
     if num_threads is not None:
         torch.set_num_threads(num_threads)

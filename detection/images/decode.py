@@ -7,8 +7,9 @@
   regular files are opened (a pipe would wait for ever).
 * Depth: of 16 bits a channel the upper eight are taken. Where no value needs more than twelve bits they are taken as
   twelve, as scanners and industrial cameras write them; the image would be all but black otherwise.
-* Damage: what does not decode, and a JPEG or PNG without its end, is unreadable. Damage in the middle of a JPEG shows in
-  nothing but wrong pixels and a line of libjpeg's on the error stream, which ``EncodedImage(watch=True)`` catches.
+* Damage: what does not decode, and a JPEG or PNG that is cut off, is unreadable. A JPEG that lacks its end marker and at most
+  a hundredth of its pixels is used and counts as damaged. Damage in the middle of a JPEG shows in nothing but wrong pixels
+  and a line of libjpeg's on the error stream, which ``EncodedImage(watch=True)`` catches.
 """
 
 import os
@@ -34,6 +35,9 @@ MAX_PIXELS = 178_956_970
 """Width times height of the largest image that is decoded: half a gigabyte of RGB, where Pillow draws the line too."""
 
 _ORIENTATION = 0x0112  # EXIF's tag
+_JPEG_END = b"\xff\xd9"
+_ENDLESS = "JPEG without its end marker"
+_MOST_MISSING = 0.01  # share of the pixels that a JPEG without its end marker may lack
 _REDUCED = {
     1: 0,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -88,11 +92,12 @@ class EncodedImage:
     Attributes:
         encoded: the file's bytes.
         header: size as stored and orientation.
-        damage: what the JPEG library said while the image was decoded; "" where it said nothing, or nobody listened.
+        damage: what is wrong with a JPEG that is used all the same: its end marker is missing, or what the JPEG library
+            said while it was decoded; "" where there was nothing, or nobody listened.
 
     Raises:
         MissingImageError: no such file.
-        UnreadableImageError: no regular file, too large, or its header makes no sense.
+        UnreadableImageError: no regular file, too large, cut off, or its header makes no sense.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS, *, watch: bool = False) -> None:
@@ -100,8 +105,12 @@ class EncodedImage:
         self.damage = ""
         self._watch = watch
         self.encoded = _read_bytes(path)
+        self._endless = False
         try:
-            self.header = read_header(self.encoded)
+            try:
+                self.header = read_header(self.encoded)
+            except _EndlessJpegError as error:
+                self.header, self._endless = error.header, True
         except _TooLargeError:
             raise UnreadableImageError(
                 f"{path}: the image has too many pixels for Pillow, which reads its size"
@@ -114,6 +123,11 @@ class EncodedImage:
                 f"{path}: the image is {width}x{height} pixels, {height * width / 1e6:.0f} million; "
                 f"at most {max_pixels / 1e6:.0f} million are decoded"
             )
+        if self._endless:
+            ended = _end(self.encoded)
+            if ended is None:
+                raise self._undecodable()
+            self.encoded, self.damage = ended, _ENDLESS
 
     def decode(self, reduction: int = 1, *, turn: bool = True) -> NDArray[np.uint8]:
         """The image, or a smaller one, which a JPEG decodes to in a fraction of the time.
@@ -157,7 +171,8 @@ class EncodedImage:
                 image = cv2.imdecode(np.frombuffer(self.encoded, np.uint8), flags)
             except (cv2.error, MemoryError):
                 image = None
-        self.damage = "; ".join(dict.fromkeys(line for line in said if "JPEG" in line.upper()))
+        heard = [line for line in said if "JPEG" in line.upper()]
+        self.damage = "; ".join(dict.fromkeys([*([_ENDLESS] if self._endless else []), *heard]))
         if image is None:
             raise self._undecodable()
         return np.asarray(image)
@@ -254,6 +269,35 @@ class _TooLargeError(Exception):
     pass
 
 
+class _EndlessJpegError(ValueError):
+    """A JPEG that has a scan and no end marker behind it; ``header`` is its header."""
+
+    def __init__(self, header: Header) -> None:
+        super().__init__("cut off")
+        self.header = header
+
+
+def _end(endless: bytes) -> bytes | None:
+    """A JPEG without its end marker, ended; None where it lacks more than ``_MOST_MISSING`` of its pixels.
+
+    libjpeg does not say where the data end, and paints what is missing. So the file is decoded twice, with nothing and with
+    noise in the place of what is missing: the pixels that differ are those that hang on it.
+    """
+    data = endless.rstrip(b"\0")  # what a broken copy leaves; zeros decode as pixels
+    noise = np.random.default_rng(0).integers(0, 255, len(data), np.uint8).tobytes()  # no 255, which begins a marker
+    with _listening([], True):  # that data are missing is known
+        try:
+            one, other = (
+                cv2.imdecode(np.frombuffer(data + tail + _JPEG_END, np.uint8), cv2.IMREAD_COLOR)
+                for tail in (b"", noise)
+            )
+        except (cv2.error, MemoryError):
+            return None
+    if one is None or other is None or one.shape != other.shape:
+        return None
+    return data + _JPEG_END if (one != other).any(-1).mean() <= _MOST_MISSING else None
+
+
 def _read_bytes(path: str | Path) -> bytes:
     try:
         mode = os.stat(path).st_mode
@@ -291,10 +335,13 @@ def _jpeg_header(data: bytes, whole: bool) -> Header:
         elif marker == 0xDA:
             break
         place = data.index(0xFF, place + max(length, 2))
-    # FF D9 can stand in a thumbnail of the header, but not inside of a scan.
-    if size is None or not all(size) or (whole and data.rfind(b"\xff\xd9", place) < 0):
+    if size is None or not all(size):
         raise ValueError("cut off")
-    return Header(size, orientation, "jpeg", depth, channels == 4)
+    header = Header(size, orientation, "jpeg", depth, channels == 4)
+    # FF D9 can stand in a thumbnail of the header, but not inside of a scan.
+    if whole and data.rfind(_JPEG_END, place) < 0:
+        raise _EndlessJpegError(header)
+    return header
 
 
 def _png_header(data: bytes, whole: bool) -> Header:

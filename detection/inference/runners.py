@@ -323,6 +323,27 @@ class OnnxRuntimeRunner:
         return type(self), (self.onnx, self.anchors)
 
 
+_openvino_lock = threading.Lock()
+_openvino_cores: list[Any] = []
+
+
+def _openvino_core() -> Any:
+    """The one ``openvino.Core`` of this process, which lives as long as the process does.
+
+    OpenVINO's CPU plugin (seen in 2026.4) gives the thread that loads it a stack for signal handlers, and when the last that
+    uses the plugin is dropped it frees that stack. It puts the former one back only if the stack in use is its own: not where
+    another thread drops it, nor where two cores are dropped in the order they were made (the second puts the stack of the
+    first back). The next signal that Python handles, Ctrl-C or the end of a process it started, then ends the process
+    by a segmentation fault, without a traceback.
+    """
+    import openvino
+
+    with _openvino_lock:
+        if not _openvino_cores:
+            _openvino_cores.append(openvino.Core())
+        return _openvino_cores[0]
+
+
 class OpenVinoRunner:
     """An ONNX file of a detector, run by OpenVINO on the CPU.
 
@@ -337,11 +358,9 @@ class OpenVinoRunner:
     own_threads = True
 
     def __init__(self, onnx: bytes, anchors: Tensor, num_threads: int | None = None) -> None:
-        import openvino
-
+        core = _openvino_core()
         self.onnx = onnx
         self.anchors = anchors
-        core = openvino.Core()
         settings = {
             "INFERENCE_NUM_THREADS": num_threads or torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",

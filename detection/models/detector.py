@@ -139,7 +139,7 @@ class Detector(nn.Module, ABC):
         self.normalise = Normalise(mean, std)
 
     @abstractmethod
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def codes_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised float images [B, 3, H, W], channels-last -> box codes [B, A, D], class logits [B, A, C].
 
         ``forward`` calls this; whoever uses a detector calls the detector.
@@ -177,5 +177,5 @@ class Detector(nn.Module, ABC):
                 f"got {tuple(images.shape[-2:])}; build it with another model.input_size"
             )
         x = self.normalise(images).contiguous(memory_format=torch.channels_last)
-        codes, class_logits = self.predict(x)
+        codes, class_logits = self.codes_and_logits(x)
         return RawPredictions(codes, class_logits, self.anchors)

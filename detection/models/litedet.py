@@ -158,7 +158,7 @@ class LiteDet(Detector):
                 nn.init.normal_(output.weight, std=0.01)
                 nn.init.constant_(output.bias, bias)
 
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def codes_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         codes, class_logits = self.head(self.neck(list(self.backbone(images).values())))
         return codes, class_logits
 
