@@ -13,6 +13,7 @@ from detection.images import decode
 from detection.images.decode import (
     IMAGE_SUFFIXES,
     EncodedImage,
+    Header,
     MissingImageError,
     UnreadableImageError,
     read_header,
@@ -61,14 +62,14 @@ def test_orientations(tmp_path: Path, orientation: int, size: tuple[int, int], k
 
 @pytest.mark.parametrize("orientation", [0, 9, 300])
 def test_an_orientation_without_meaning_turns_nothing(orientation: int) -> None:
-    assert read_header(encode(draw((40, 60)), "JPEG", orientation)) == ((40, 60), 1, "jpeg")
+    assert read_header(encode(draw((40, 60)), "JPEG", orientation)) == Header((40, 60), 1, "jpeg")
 
 
 def test_damaged_exif_makes_no_image_unreadable() -> None:
     content = bytearray(encode(draw((40, 60)), "JPEG", 6))
     start = content.index(b"Exif\0\0") + 6
     content[start : start + 12] = b"\xff" * 12
-    assert read_header(bytes(content)) == ((40, 60), 1, "jpeg")
+    assert read_header(bytes(content)) == Header((40, 60), 1, "jpeg")
 
 
 def test_exif_behind_the_pixels_of_a_png(tmp_path: Path) -> None:

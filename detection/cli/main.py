@@ -16,6 +16,8 @@ COMMANDS = {
     "train-cls": "train_cls",
     "eval": "eval",
     "video": "video",
+    "check": "check",
+    "inspect": "inspect",
     "convert": "convert",
     "convert-weights": "convert_weights",
     "benchmark": "benchmark",

@@ -64,11 +64,15 @@ class Header(NamedTuple):
         size: (height, width) of the pixels as stored.
         orientation: EXIF's 1 to 8; 1 where the file says nothing, or nothing sensible.
         kind: "jpeg", "png", "tiff" or "other".
+        depth: bits of a channel.
+        cmyk: whether the channels are the four of printing; decoded they become RGB by a rough rule.
     """
 
     size: tuple[int, int]
     orientation: int
     kind: str
+    depth: int = 8
+    cmyk: bool = False
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -86,6 +90,7 @@ class EncodedImage:
             meanwhile on the error stream is printed a moment later.
 
     Attributes:
+        encoded: the file's bytes.
         header: size as stored and orientation.
         damage: what is wrong with a JPEG that is used all the same: its end marker is missing, or what the JPEG library
             said while it was decoded; "" where there was nothing, or nobody listened.
@@ -99,11 +104,11 @@ class EncodedImage:
         self.path = path
         self.damage = ""
         self._watch = watch
-        self._encoded = _read_bytes(path)
+        self.encoded = _read_bytes(path)
         self._endless = False
         try:
             try:
-                self.header = read_header(self._encoded)
+                self.header = read_header(self.encoded)
             except _EndlessJpegError as error:
                 self.header, self._endless = error.header, True
         except _TooLargeError:
@@ -119,10 +124,10 @@ class EncodedImage:
                 f"at most {max_pixels / 1e6:.0f} million are decoded"
             )
         if self._endless:
-            ended = _end(self._encoded)
+            ended = _end(self.encoded)
             if ended is None:
                 raise self._undecodable()
-            self._encoded, self.damage = ended, _ENDLESS
+            self.encoded, self.damage = ended, _ENDLESS
 
     def decode(self, reduction: int = 1, *, turn: bool = True) -> NDArray[np.uint8]:
         """The image, or a smaller one, which a JPEG decodes to in a fraction of the time.
@@ -163,7 +168,7 @@ class EncodedImage:
         said: list[str] = []
         with _listening(said, self._watch and self.header.kind == "jpeg"):
             try:
-                image = cv2.imdecode(np.frombuffer(self._encoded, np.uint8), flags)
+                image = cv2.imdecode(np.frombuffer(self.encoded, np.uint8), flags)
             except (cv2.error, MemoryError):
                 image = None
         heard = [line for line in said if "JPEG" in line.upper()]
@@ -173,7 +178,7 @@ class EncodedImage:
         return np.asarray(image)
 
     def _undecodable(self) -> UnreadableImageError:
-        return UnreadableImageError(f"{self.path}: the image does not decode ({len(self._encoded)} bytes)")
+        return UnreadableImageError(f"{self.path}: the image does not decode ({len(self.encoded)} bytes)")
 
 
 _one_listens = threading.Lock()
@@ -252,8 +257,10 @@ def read_header(encoded: bytes, *, whole: bool = True) -> Header:
             with Image.open(BytesIO(encoded)) as image:
                 if image.format == "TIFF":
                     tags = image.tag_v2
-                    return Header((tags[257], tags[256]), _sensible(tags.get(_ORIENTATION)), "tiff")
-                return Header((image.height, image.width), _orientation(image.info.get("exif")), "other")
+                    depth, cmyk = max(tags.get(258, (1,))), tags.get(262) == 5
+                    return Header((tags[257], tags[256]), _sensible(tags.get(_ORIENTATION)), "tiff", depth, cmyk)
+                depth = 16 if image.mode.startswith("I") else 8
+                return Header((image.height, image.width), _orientation(image.info.get("exif")), "other", depth)
         except Image.DecompressionBombError as error:
             raise _TooLargeError from error
 
@@ -311,7 +318,7 @@ def _read_bytes(path: str | Path) -> bytes:
 
 def _jpeg_header(data: bytes, whole: bool) -> Header:
     """From marker to marker up to the first scan; then the end has to be there (ITU T.81, annex B)."""
-    size, orientation, place = None, 1, 2
+    size, orientation, place, depth, channels = None, 1, 2, 8, 3
     while True:
         while data[place] == 0xFF:  # any number of them may stand before a marker
             place += 1
@@ -321,6 +328,7 @@ def _jpeg_header(data: bytes, whole: bool) -> Header:
             continue
         length = data[place] << 8 | data[place + 1]
         if marker in _FRAMES:
+            depth, channels = data[place + 2], data[place + 7]
             size = data[place + 3] << 8 | data[place + 4], data[place + 5] << 8 | data[place + 6]
         elif marker == 0xE1 and data[place + 2 : place + 8] == b"Exif\0\0":
             orientation = _orientation(data[place + 2 : place + length])
@@ -329,7 +337,7 @@ def _jpeg_header(data: bytes, whole: bool) -> Header:
         place = data.index(0xFF, place + max(length, 2))
     if size is None or not all(size):
         raise ValueError("cut off")
-    header = Header(size, orientation, "jpeg")
+    header = Header(size, orientation, "jpeg", depth, channels == 4)
     # FF D9 can stand in a thumbnail of the header, but not inside of a scan.
     if whole and data.rfind(_JPEG_END, place) < 0:
         raise _EndlessJpegError(header)
@@ -351,7 +359,7 @@ def _png_header(data: bytes, whole: bool) -> Header:
             if not whole:
                 break
             raise ValueError("cut off")
-    return Header(size, orientation, "png")
+    return Header(size, orientation, "png", data[24])
 
 
 def _orientation(exif: bytes | None) -> int:

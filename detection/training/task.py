@@ -78,7 +78,7 @@ class DetectionTask:
         _log.info("%s", describe(self.train_index, config.model.input_size))
         self._evaluator = CocoEvaluator(self.val_index)
         seed_everything(config.train.seed)  # the first weights of new layers
-        self.config, self.model = _build_model(config, names, adopted)
+        self.config, self.model = build_model(config, names, adopted)
         distillation = None
         if config.teacher is not None:
             distillation = Distillation(config.distillation, *read_teacher(config.teacher, self.model.config, names))
@@ -180,12 +180,15 @@ class DetectionTask:
         writer.add_image("training/predictions", image_grid(drawn), step, dataformats="HWC")
 
 
-def _build_model(
+def build_model(
     config: DetectionConfig, names: tuple[str, ...], adopted: DetectionConfig | None
 ) -> tuple[DetectionConfig, Detector]:
     """The config as adopted, which is another object than ``config``, and its network.
 
     The network is filled with the weights to start from, or built as ``adopted`` says and left to a checkpoint.
+
+    Raises:
+        UserError, FileNotFoundError: weights that are not there or do not fit.
     """
     if adopted is not None:
         config = replace(config, model=adopted.model, loss=adopted.loss)
