@@ -8,19 +8,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP came: what Ctrl-C does, for ``docker stop``, a batch system or a closed terminal.
-
-    Attributes:
-        name: of the signal.
-        status: the exit status that goes with it, 128 and its number, as shells have it.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.name = signal.Signals(number).name
-        self.status = 128 + number
-        super().__init__(f"stopped by {self.name}")
+from detection.engine.stopping import Terminated
 
 
 @contextlib.contextmanager

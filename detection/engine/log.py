@@ -105,6 +105,33 @@ class Meter:
         self._num_images += num_images
         self._wait_seconds += wait_seconds
 
+    def state(self) -> dict[str, Any] | None:
+        """What is summed since the last reading, over all processes, fit for a checkpoint; None for nothing.
+
+        Every process has to call it after the same number of batches.
+        """
+        if self._sums is None:
+            return None
+        sums = self._runtime.sum_over_processes(self._sums.clone()) / self._runtime.world_size
+        return {
+            "names": self._names,
+            "sums": sums.cpu(),
+            "num_batches": self._num_batches,
+            "num_images": self._num_images * self._runtime.world_size,
+            "seconds": time.perf_counter() - self._start,
+            "wait_seconds": self._wait_seconds,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what ``state`` gave, of any number of processes."""
+        world_size = self._runtime.world_size
+        share = world_size if self._runtime.is_main else 0  # the sum is there once, whoever holds it
+        self._names = list(state["names"])
+        self._sums = state["sums"].to(self._runtime.device) * share
+        self._num_batches, self._num_images = state["num_batches"], state["num_images"] // world_size
+        self._wait_seconds = state["wait_seconds"]
+        self._start = time.perf_counter() - state["seconds"]
+
     def read(self) -> Reading:
         """The means since the last reading. Every process has to call it after the same number of batches."""
         assert self._sums is not None, "read() before add()"
@@ -133,7 +160,8 @@ class RunLog:
         runtime: this process.
         num_epochs: epochs of the whole training.
         num_steps: optimiser steps of the whole training.
-        first_step: the optimiser step that this start begins with.
+        first_step: optimiser steps that were done before this start.
+        purge_step: TensorBoard forgets what a start before this one wrote of this step and later ones.
         history: the records of the epochs before, from the checkpoint. ``metrics.jsonl`` begins with them, whatever a run
             that was killed left in it.
     """
@@ -143,6 +171,7 @@ class RunLog:
     num_epochs: int
     num_steps: int
     first_step: int = 0
+    purge_step: int = 0
     history: Sequence[Mapping[str, Any]] = ()
     writer: SummaryWriter | None = field(default=None, init=False)
     _bar: "tqdm[Any] | None" = field(default=None, init=False)
@@ -156,7 +185,7 @@ class RunLog:
                 self._say_what_is_mended()
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
             write_whole(self._metrics_path, lines.encode())
-            self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.first_step)
+            self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.purge_step)
             self._stack.callback(self.writer.close)
             if sys.stderr.isatty():
                 self._stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not through it
@@ -167,16 +196,23 @@ class RunLog:
             self._bar.close()
         self._stack.close()
 
-    def start_epoch(self, epoch: int, num_steps: int) -> None:
+    def start_epoch(self, epoch: int, num_steps: int, first_step: int = 0) -> None:
+        """Opens the bar of an epoch, of which ``first_step`` of ``num_steps`` steps are done."""
         if self.runtime.is_main:
             self._bar = tqdm(
                 total=num_steps,
+                initial=first_step,
                 desc=f"epoch {epoch + 1}/{self.num_epochs}",
                 unit="step",
                 leave=False,
                 dynamic_ncols=True,
                 disable=not sys.stderr.isatty(),
             )
+
+    def flush(self) -> None:
+        """Before a checkpoint: what TensorBoard has of the steps before it must not be lost with this process."""
+        if self.writer is not None:
+            self.writer.flush()
 
     def advance(self) -> None:
         """One optimiser step more."""
@@ -201,6 +237,13 @@ class RunLog:
             _log.info("epoch %d/%d, step %d/%d: %s", epoch + 1, self.num_epochs, step, self.num_steps, text)
             self._last_line = now
 
+    def evaluation(self, metrics: Mapping[str, float], step: int) -> None:
+        """What an evaluation gave; before the checkpoint that says it is done."""
+        if self.writer is not None:
+            for name, value in metrics.items():
+                self.writer.add_scalar(f"val/{name}", value, step)
+            self.writer.flush()
+
     def end_epoch(self, record: Mapping[str, Any], reading: Reading, *, shown_metric: str) -> None:
         """Closes the epoch's bar, prints its line and writes its record (``epoch_record``) down.
 
@@ -211,9 +254,6 @@ class RunLog:
             return
         self._bar.close()
         step, metrics = record["step"], record["metrics"]
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"val/{name}", value, step)
-        self.writer.flush()
         try:
             with self._metrics_path.open("a") as file:
                 file.write(json.dumps(record) + "\n")

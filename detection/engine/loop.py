@@ -22,6 +22,7 @@ from detection.engine.optim import OptimConfig, build_optimizer, build_schedule,
 from detection.engine.plain import to_plain
 from detection.engine.runtime import Runtime, check_device, seed_everything
 from detection.engine.state import TrainState
+from detection.engine.stopping import StopRequest
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class TrainBatch(Protocol):
 
 
 class TrainLoader(Protocol):
-    """A ``DataLoader``. Where it, its batch sampler or its sampler has ``set_epoch``, each epoch begins with it.
+    """Batches of training data, as ``BatchLoader`` gives them.
 
     With several processes each one's loader gives its own share, and all of them the same number of batches.
     """
@@ -61,8 +62,11 @@ class TrainLoader(Protocol):
     def __len__(self) -> int:
         """Number of batches of an epoch."""
 
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """The epoch of the next iteration and the batch that it begins with."""
+
     def __iter__(self) -> Iterator[Any]:
-        """The batches (``TrainBatch``) of an epoch."""
+        """The batches (``TrainBatch``) of the epoch, from that one on."""
 
 
 class Task(Protocol):
@@ -139,6 +143,11 @@ class TrainConfig:
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_every: int = 20
     """Optimiser steps between readings of the losses. A reading makes the host wait for the device."""
+    checkpoint_every_steps: int | None = None
+    """Optimiser steps between writings of last.pt within an epoch; None writes it after each epoch alone (and after Ctrl-C
+    and SIGTERM)."""
+    checkpoint_every_minutes: float | None = None
+    """Minutes after which last.pt is written within an epoch; None for no limit."""
     max_skipped_share: float = 0.01
     """The run stops when more than this share of the training images cannot be read. In small datasets five images may be
     unreadable, but no more than a fifth of them; with 0 none may."""
@@ -147,7 +156,7 @@ class TrainConfig:
     device: str = "auto"
     """Where to train: auto (a CUDA GPU where there is one, else the CPU), cpu, cuda, cuda:N or mps."""
     resume: bool = False
-    """Go on with the run in the run folder, exactly where its last whole epoch ended. The network comes from its last.pt
+    """Go on with the run in the run folder, exactly where its last checkpoint was written. The network comes from its last.pt
     alone: the weights it once started from are not needed."""
 
     def validate(self) -> None:
@@ -155,6 +164,14 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "eval_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
+            raise UserError(
+                f"train.checkpoint_every_steps must be at least 1 or None, not {self.checkpoint_every_steps}"
+            )
+        if self.checkpoint_every_minutes is not None and not self.checkpoint_every_minutes > 0:
+            raise UserError(
+                f"train.checkpoint_every_minutes must be above 0 or None, not {self.checkpoint_every_minutes}"
+            )
         if self.seed < 0:
             raise UserError(f"train.seed must be 0 or above, not {self.seed}")
         if self.batch_size == 1:
@@ -237,8 +254,10 @@ def train(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -> T
     """Trains ``task.model`` and leaves a run folder.
 
     The folder holds ``config.json`` (as adopted), ``metrics.jsonl`` (a line per epoch), ``tensorboard/``, ``last.pt`` (all
-    that going on needs, written after every epoch) and ``best.pt`` (deployable weights: the moving average if there is
-    one). The host waits for the device when losses are read (``config.log_every``) and at the end of an epoch only.
+    that going on needs, written after every epoch and within it as often as the config says) and ``best.pt`` (deployable
+    weights: the moving average if there is one). SIGINT, SIGTERM and SIGHUP end the step that it is in, write ``last.pt``
+    and raise. The host waits for the device when losses are read (``config.log_every``), for a checkpoint and at the end of
+    an epoch only.
 
     Args:
         task: model, data and losses. For a resumed run the model is built from ``run.adopted``; its weights are read here.
@@ -249,6 +268,7 @@ def train(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -> T
     Raises:
         UserError: resuming with other data; too few images for a batch; too many unreadable images.
         OSError: a file of the run cannot be written.
+        KeyboardInterrupt: a signal asked for an end; ``Terminated`` for any but SIGINT.
         FloatingPointError: a loss or a weight became infinite or not a number. ``last.pt`` is from the epoch before.
     """
     config.validate()
@@ -261,18 +281,22 @@ def train(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -> T
     elif runtime.is_main:
         run.write_config(task.config)
 
-    log = RunLog(run.folder, runtime, config.epochs, config.epochs * loop.steps_per_epoch, state.step, state.history)
-    with log:
+    num_steps = config.epochs * loop.steps_per_epoch
+    waits_for_evaluation = state.batch == loop.num_batches
+    # A checkpoint comes after what is logged of its step, but for an evaluation that follows it: to log that once, all of
+    # this step is logged again.
+    purge_step = state.step + 1 if state.step and not waits_for_evaluation else state.step
+    with (
+        loop.stop,
+        RunLog(run.folder, runtime, config.epochs, num_steps, state.step, purge_step, state.history) as log,
+    ):
         while state.epoch < config.epochs:
-            epoch_start = time.perf_counter()
-            learning_rates, batch = loop.train_epoch(log)
+            batch = loop.train_epoch(log)
             loop.settle_epoch()
             is_best, evaluates = False, loop.evaluates()
             if evaluates:
                 is_best = loop.evaluate(log, batch)
-            reading = loop.end_epoch(
-                learning_rates, evaluates=evaluates, is_best=is_best, seconds=time.perf_counter() - epoch_start
-            )
+            reading = loop.end_epoch(evaluates=evaluates, is_best=is_best)
             log.end_epoch(state.history[-1], reading, shown_metric=task.metric)
 
     if loop.skipped and runtime.is_main:
@@ -335,6 +359,10 @@ def _prepare(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -
 def _say_where_it_goes_on(state: TrainState, config: TrainConfig, run: Run[Any]) -> None:
     if state.epoch == config.epochs:
         _log.info("%s: this run is finished, all its %d epochs are done", run.folder, config.epochs)
+    elif state.batch:
+        _log.info(
+            "%s: going on after batch %d of epoch %d of %d", run.folder, state.batch, state.epoch + 1, config.epochs
+        )
     else:
         _log.info("%s: going on after epoch %d of %d", run.folder, state.epoch, config.epochs)
 
@@ -349,6 +377,9 @@ class _Loop:
         num_batches: of an epoch.
         skipped: images that could not be read so far.
         damaged: images that decoded to partly wrong pixels so far.
+        stop: whether a signal asks for an end.
+        epoch_start: when this start of the run began with the unfinished epoch, by ``time.perf_counter``.
+        saved_at: when the last checkpoint was written, likewise.
     """
 
     task: Task
@@ -362,19 +393,28 @@ class _Loop:
     num_batches: int
     skipped: set[str] = field(default_factory=set)
     damaged: set[str] = field(default_factory=set)
+    stop: StopRequest = field(default_factory=StopRequest)
+    epoch_start: float = field(default_factory=time.perf_counter)
+    saved_at: float = field(default_factory=time.perf_counter)
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(self.num_batches / self.config.accumulate)
 
-    def train_epoch(self, log: RunLog) -> tuple[dict[str, float], Any]:
-        """The steps of an epoch; gives the learning rates of the last one and its batch, on the device."""
+    def train_epoch(self, log: RunLog) -> Any:
+        """The steps of an epoch that are left; gives the last batch, on the device, or None where no step was left."""
         state, config, runtime = self.state, self.config, self.runtime
-        seed_everything(config.seed, epoch=state.epoch, rank=runtime.rank)
-        _set_epoch(self.loader, state.epoch)
+        self.epoch_start = time.perf_counter()
+        log.start_epoch(state.epoch, self.steps_per_epoch, math.ceil(state.batch / config.accumulate))
+        if state.batch == self.num_batches:  # stopped after the last step, and its window is purged
+            log.window(state.epoch, state.step, state.readings[-1], state.learning_rates)
+            return None
+        self.loader.set_epoch(state.epoch, state.batch)
         self.task.step.train()
-        log.start_epoch(state.epoch, self.steps_per_epoch)
         meter = Meter(runtime)
+        if state.window is not None:
+            meter.load_state(state.window)
+            state.window = None
         for batch, wait_seconds in with_wait(self.loader):
             self._note_skipped(batch.skipped)
             self._note_damaged(batch.damaged)
@@ -382,15 +422,17 @@ class _Loop:
             if log.writer is not None and state.step == 0 and state.batch == 0:
                 _log_images(self.task, log.writer, state.step, batch, state.model)
                 self.task.step.train()
+            seed_everything(config.seed, epoch=state.epoch, rank=runtime.rank, batch=state.batch)
             completes_group = self._forward_and_backward(batch, meter, wait_seconds)
             state.batch += 1
             if not completes_group:
                 continue
-            learning_rates = self._update()
+            self._update()
             log.advance()
             if state.step % config.log_every == 0 or state.batch == self.num_batches:
-                self._read(meter, log, learning_rates)
-        return learning_rates, batch
+                self._read(meter, log)
+            self._save_if_due(meter, log)
+        return batch
 
     def _forward_and_backward(self, batch: Any, meter: Meter, wait_seconds: float) -> bool:
         """Adds the gradient of a batch; gives whether it is the last one before a step of the optimiser."""
@@ -406,8 +448,8 @@ class _Loop:
         meter.add(losses, len(batch), wait_seconds)
         return completes_group
 
-    def _update(self) -> dict[str, float]:
-        """A step of the optimiser and all that follows it; gives its learning rates."""
+    def _update(self) -> None:
+        """A step of the optimiser and all that follows it."""
         state, optimizer = self.state, self.state.optimizer
         if self.config.optim.clip_norm is not None:
             state.scaler.unscale_(optimizer)
@@ -415,19 +457,47 @@ class _Loop:
         state.scaler.step(optimizer)
         state.scaler.update()
         optimizer.zero_grad()
-        learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        state.learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         state.schedule.step()
         if state.ema:
             state.ema.update(state.model)
         state.step += 1
-        return learning_rates
 
-    def _read(self, meter: Meter, log: RunLog, learning_rates: dict[str, float]) -> None:
+    def _read(self, meter: Meter, log: RunLog) -> None:
         """Closes a window of losses."""
         reading = meter.read()
         _check_losses(reading, self.state.epoch, self.state.step)
         self.state.readings.append(reading)
-        log.window(self.state.epoch, self.state.step, reading, learning_rates)
+        log.window(self.state.epoch, self.state.step, reading, self.state.learning_rates)
+
+    def _save_if_due(self, meter: Meter, log: RunLog) -> None:
+        """Writes a checkpoint within the epoch where the config or a signal asks for one; ends the run for a signal."""
+        state, config = self.state, self.config
+        num_steps, minutes = config.checkpoint_every_steps, config.checkpoint_every_minutes
+        is_due = num_steps is not None and state.step % num_steps == 0
+        is_due |= minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
+        is_due, stops = self.runtime.any_over_processes(is_due, self.stop.number is not None)
+        if not (is_due or stops):
+            return
+        _check_weights(self.parameters, state.epoch, state.step)
+        state.window = meter.state()
+        log.flush()
+        self._save()
+        if stops:
+            self._say_where_it_stopped()
+            raise self.stop.error()
+
+    def _save(self) -> None:
+        """Writes ``last.pt`` (process 0)."""
+        state, before = self.state, self.state.seconds
+        if self.runtime.is_main:
+            state.seconds = before + time.perf_counter() - self.epoch_start
+            state.save(self.run.last_path, self.task.checkpoint_extra())
+            state.seconds = before
+        self.saved_at = time.perf_counter()
+
+    def _say_where_it_stopped(self) -> None:
+        _log.info("%s: stopped in epoch %d after step %d", self.run.last_path, self.state.epoch + 1, self.state.step)
 
     def settle_epoch(self) -> None:
         """Brings the processes together after the last step: what cannot be read, what the batch norms saw."""
@@ -447,29 +517,40 @@ class _Loop:
     def evaluate(self, log: RunLog, batch: Any) -> bool:
         """Evaluates what is deployed; gives whether it is the best so far (on process 0)."""
         state, task = self.state, self.task
-        state.metrics = _evaluate(task, state.deployed)
+        try:
+            with self.stop.at_once():
+                metrics = _evaluate(task, state.deployed)
+        except KeyboardInterrupt:
+            log.flush()
+            self._save()
+            self._say_where_it_stopped()
+            raise
+        state.metrics = metrics
         if log.writer is None:
             return False
         is_best = math.isnan(state.best_metric) or state.metrics[task.metric] > state.best_metric
         if is_best:
             state.best_metric, state.best_epoch = state.metrics[task.metric], state.epoch + 1
-        _log_images(task, log.writer, state.step, batch, state.deployed)
+        if batch is not None:
+            _log_images(task, log.writer, state.step, batch, state.deployed)
+        log.evaluation(state.metrics, state.step)
         return is_best
 
-    def end_epoch(self, learning_rates: dict[str, float], *, evaluates: bool, is_best: bool, seconds: float) -> Reading:
+    def end_epoch(self, *, evaluates: bool, is_best: bool) -> Reading:
         """Counts the epoch as done and saves; gives its mean losses."""
-        state, run = self.state, self.run
+        state = self.state
         reading = Reading.mean(state.readings)
-        state.epoch, state.batch, state.readings = state.epoch + 1, 0, []
+        seconds = state.seconds + time.perf_counter() - self.epoch_start
+        state.epoch, state.batch, state.readings, state.window, state.seconds = state.epoch + 1, 0, [], None, 0.0
         metrics = state.metrics if evaluates else {}
-        state.history.append(
-            epoch_record(state.epoch, state.step, reading, learning_rates, metrics, is_best=is_best, seconds=seconds)
+        record = epoch_record(
+            state.epoch, state.step, reading, state.learning_rates, metrics, is_best=is_best, seconds=seconds
         )
-        if self.runtime.is_main:
-            extra = self.task.checkpoint_extra()
-            if is_best:
-                state.save_weights(run.best_path, extra)
-            state.save(run.last_path, extra)
+        state.history.append(record)
+        if is_best:  # on process 0 alone
+            state.save_weights(self.run.best_path, self.task.checkpoint_extra())
+        self.epoch_start = time.perf_counter()
+        self._save()
         return reading
 
     def _note_damaged(self, damaged: Iterable[str]) -> None:
@@ -500,15 +581,6 @@ def _place_step(step: nn.Module, config: TrainConfig, runtime: Runtime) -> nn.Mo
     if runtime.world_size == 1:
         return step
     return DistributedDataParallel(step, device_ids=[runtime.device] if runtime.device.type == "cuda" else None)
-
-
-def _set_epoch(loader: TrainLoader, epoch: int) -> None:
-    """Tells the sampler which epoch begins. A loader without ``set_epoch`` draws its order from the global seed."""
-    for part in (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
-        set_epoch = getattr(part, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-            return
 
 
 def _autocast(amp: Literal["off", "bf16", "fp16"], device: torch.device) -> torch.autocast:
