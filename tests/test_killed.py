@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from test_trainer import assert_same_run
 
 from detection.data.drawn import draw_classification_set, draw_detection_set
-from test_trainer import assert_same_run
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
@@ -55,10 +56,11 @@ class Starter:
 
     def __init__(self, log: Path) -> None:
         self.log = log
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", _SERVER.format(root=str(ROOT))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
-        )  # fmt: skip
+        with log.open("w") as errors:
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", _SERVER.format(root=str(ROOT))],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+            )  # fmt: skip
 
     def start(self, command: list[str]) -> int:
         """The process number of a new training."""
@@ -72,6 +74,7 @@ class Starter:
 
     def close(self) -> None:
         self._server.stdin.close()
+        self._server.stdout.close()
         self._server.wait(60)
 
     def _answer(self, kind: str) -> str:
@@ -123,15 +126,33 @@ def wait_for_step(run_dir: Path, pid: int, moment: random.Random) -> None:
         time.sleep(0.0005)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("make", "num_kills"), [(detector_command, 12), (classifier_command, 8)])
-def test_killed_with_9_again_and_again(tmp_path: Path, make, num_kills: int) -> None:
-    command, moment = make(tmp_path / "drawn"), random.Random(3)
-    starter = Starter(tmp_path / "log")
-    starter.start([*command, "--run-dir", str(tmp_path / "straight")])
-    assert starter.wait() == 0, starter.log.read_text()[-3000:]
+@pytest.fixture(scope="module")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    one = Starter(tmp_path_factory.mktemp("server") / "log")
+    yield one
+    one.close()
 
-    run_dir, kills, in_writing = tmp_path / "killed", 0, 0
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, starter: Starter) -> dict[str, tuple[list[str], Path]]:
+    """For each kind of training its command, and the folder of a run that was not stopped."""
+    runs = {}
+    for name, make in (("detector", detector_command), ("classifier", classifier_command)):
+        folder = tmp_path_factory.mktemp(name)
+        command = make(folder / "drawn")
+        starter.start([*command, "--run-dir", str(folder / "run")])
+        assert starter.wait() == 0, starter.log.read_text()[-3000:]
+        runs[name] = (command, folder / "run")
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "num_kills"), [("detector", 12), ("classifier", 8)])
+def test_killed_with_9_again_and_again(
+    tmp_path: Path, starter: Starter, straight: dict[str, tuple[list[str], Path]], name: str, num_kills: int
+) -> None:
+    (command, expected), moment = straight[name], random.Random(3)
+    run_dir, kills, in_writing = tmp_path / "run", 0, 0
     while True:
         resume = ["--train.resume", "True"] if (run_dir / "last.pt").exists() else []
         pid = starter.start([*command, "--run-dir", str(run_dir), *resume])
@@ -143,26 +164,23 @@ def test_killed_with_9_again_and_again(tmp_path: Path, make, num_kills: int) -> 
             break
         assert status == -signal.SIGKILL, starter.log.read_text()[-3000:]
         kills += 1
-        in_writing += bool(list(run_dir.glob("last.pt.*")) or list(run_dir.glob("*.part")))
-    starter.close()
+        in_writing += bool(list(run_dir.glob("last.pt?*")))
     print(f"{kills} kills, {in_writing} of them while a checkpoint was written")
     assert kills >= 3
-    assert_same_run(run_dir, tmp_path / "straight")
+    assert_same_run(run_dir, expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_to_the_command(tmp_path: Path, number: int, status: int) -> None:
-    command = detector_command(tmp_path / "drawn")
-    starter = Starter(tmp_path / "log")
-    starter.start([*command, "--run-dir", str(tmp_path / "straight")])
-    assert starter.wait() == 0, starter.log.read_text()[-3000:]
+def test_signals_to_the_command(
+    tmp_path: Path, starter: Starter, straight: dict[str, tuple[list[str], Path]], number: int, status: int
+) -> None:
+    command, expected = straight["detector"]
     pid = starter.start([*command, "--run-dir", str(tmp_path / "run")])
     wait_for_step(tmp_path / "run", pid, random.Random(1))
     os.kill(pid, number)
-    assert starter.wait() == status
+    assert starter.wait() == status, starter.log.read_text()[-3000:]
     assert "--train.resume True" in starter.log.read_text()
     starter.start([*command, "--run-dir", str(tmp_path / "run"), "--train.resume", "True"])
     assert starter.wait() == 0, starter.log.read_text()[-3000:]
-    starter.close()
-    assert_same_run(tmp_path / "run", tmp_path / "straight")
+    assert_same_run(tmp_path / "run", expected)
