@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +41,7 @@ class Points:
     y: Tensor
     skipped: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
+    image_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.x)
@@ -64,6 +65,8 @@ class Loader:
         self.batch_size = batch_size
         self.rank, self.world_size = rank, world_size
         self.epochs: list[int] = []
+        self.left_out: int | None = None  # a batch that does not come
+        self.poisoned: int | None = None  # a batch of numbers that are none
         self.skipped: dict[int, list[str]] = {}
         self.damaged: dict[int, list[str]] = {}
 
@@ -72,13 +75,18 @@ class Loader:
         self.first_batch = first_batch
 
     def __len__(self) -> int:
-        return len(self.x) // self.batch_size
+        return len(self.x) // self.batch_size - (self.left_out is not None)
 
     def __iter__(self) -> Iterator[Points]:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(self.epochs[-1]))
-        for i in range(self.first_batch, len(self)):
+        for i in range(self.first_batch, len(self.x) // self.batch_size):
+            if i == self.left_out:
+                continue
             rows = order[i * self.batch_size : (i + 1) * self.batch_size].chunk(self.world_size)[self.rank]
-            yield Points(self.x[rows], self.y[rows], self.skipped.get(i, []), self.damaged.get(i, []))
+            if i == self.poisoned:
+                yield Points(self.x[rows] * math.nan, self.y[rows], image_ids=rows)
+                continue
+            yield Points(self.x[rows], self.y[rows], self.skipped.get(i, []), self.damaged.get(i, []), rows)
 
 
 class SquaredDistance(nn.Module):
@@ -155,6 +163,9 @@ class PointsTask:
             raise Killed
         score = -float((model(self.x) - self.y).square().mean())
         return {"score": self.scores[self.num_evaluations - 1] if self.scores else score, "other": 1.0}
+
+    def image_names(self, image_ids: Sequence[int]) -> list[str]:
+        return [f"{number}.jpg" for number in image_ids]
 
     def checkpoint_extra(self) -> dict[str, Any]:
         return {"class_names": ["point"], "mean": torch.zeros(3)}
@@ -320,23 +331,76 @@ def test_best_weights_are_the_average(tmp_path: Path) -> None:
         assert result.metrics["score"] == pytest.approx(-float((averaged(task.x) - task.y).square().mean()), rel=1e-5)
 
 
-def test_loss_that_breaks_stops_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_batch_without_a_finite_loss_is_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, amp: Literal["off", "fp16"]
+) -> None:
+    """Weights, running statistics and mean losses are those of a training that never saw it."""
+
+    def task_with(poisoned: bool) -> PointsTask:
+        torch.manual_seed(5)
+        task = PointsTask(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)), num_points=12)
+        if poisoned:
+            task.loader.poisoned = 1
+        else:
+            task.loader.left_out = 1
+        return task
+
+    bad, good = task_with(poisoned=True), task_with(poisoned=False)
+    config = config_of(epochs=1, amp=amp, ema=EmaConfig(enabled=False), log_every=2)
+    run(bad, config, tmp_path / "bad")
+    state = bad.model.state_dict()
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))[4:8].tolist()
+    named = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    images = ", ".join(f"{number}.jpg" for number in order)
+    assert named == [f"left out a batch, its loss is infinite or not a number: {images}"]
+    assert load_checkpoint(tmp_path / "bad" / "last.pt")["training"]["num_left_out"] == 1
+
+    run(good, config, tmp_path / "good")
+    expected = good.model.state_dict()
+    for tensors in (state, expected):
+        del tensors["0.num_batches_tracked"]
+    torch.testing.assert_close(state, expected)
+    assert losses_of(tmp_path / "bad") == pytest.approx(losses_of(tmp_path / "good"))
+
+
+def test_too_many_such_batches_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     task = PointsTask()
-    task.step.broken_from = 3  # the second batch of the second epoch
-    message = r"no longer finite \(loss, error\) in epoch 2, in the 2 batches up to step 4; lower --train\.optim\.lr"
+    task.step.broken_from, task.step.broken = 3, "gradient"  # from the second batch of the second epoch
+    message = r"3 batches of this run had a loss .* more than --train\.max-left-out 2; this is epoch 3, step 6\. Lower"
     with pytest.raises(FloatingPointError, match=message):
-        run(task, config_of(epochs=3, log_every=20), tmp_path / "run")
+        run(task, config_of(epochs=9, log_every=20, max_left_out=2), tmp_path / "run")
     last = load_checkpoint(tmp_path / "run" / "last.pt")
-    assert last["epoch"] == 1
+    assert last["epoch"] == 2
     assert last["weights"]["weight"].isfinite().all()
+    assert caplog.text.count("left out a batch, its gradient is infinite or not a number: ") == 3
 
 
-def test_weights_that_break_in_the_last_step_are_not_saved(tmp_path: Path) -> None:
+def test_weights_that_break_are_not_saved(tmp_path: Path) -> None:
     task = PointsTask()
-    task.step.broken_from, task.step.broken = 3, "gradient"
-    with pytest.raises(FloatingPointError, match=r"weights are no longer finite at the end of epoch 2, after step 4"):
-        run(task, config_of(epochs=3), tmp_path / "run")
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
+    with torch.no_grad():
+        task.model.weight.fill_(1e38)
+    task.step.forward = lambda x, y: {"loss": (task.model.weight * -1.0).sum()}  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match=r"weights are no longer finite in epoch 1, after step 2"):
+        run(task, config_of(optim=plain_optim(lr=3e38)), tmp_path / "run")
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), None])
+def test_full_memory_names_the_settings(tmp_path: Path, error: Exception | None) -> None:
+    task = PointsTask()
+
+    def fill() -> None:
+        if error is not None:
+            raise error
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    task.step.before_call = fill
+    with pytest.raises(
+        UserError, match=r"memory is full: lower --train\.batch-size \(now 4; 2 with --train\.accumulate 2"
+    ):
+        run(task, config_of(), tmp_path / "run")
 
 
 def test_first_result_that_is_a_number_beats_nan(tmp_path: Path) -> None:

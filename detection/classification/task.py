@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,10 @@ class ClassificationTask:
         for text in skipped:
             _log.warning("left out of the accuracy, it cannot be read: %s", text)
         return accuracy.scalars()
+
+    def image_names(self, image_ids: Sequence[int]) -> list[str]:
+        """The files of training images, below the folder."""
+        return [str(self._train_folder.path(position)) for position in image_ids]
 
     def checkpoint_extra(self) -> dict[str, Any]:
         info = self.weights_info()

@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 _FREE_ON_RESUME: tuple[str, ...] = (
     "run_dir", "weights", "data.root", "data.train", "data.val", "data.workers", "data.val_batch_size", "train.resume",
     "train.device", "train.num_threads", "train.log_every", "train.max_skipped_share",
-    "train.checkpoint_every_steps", "train.checkpoint_every_minutes",
+    "train.checkpoint_every_steps", "train.checkpoint_every_minutes", "train.max_left_out",
 )  # fmt: skip
 
 _Value = TypeVar("_Value")

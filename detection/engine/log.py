@@ -43,15 +43,15 @@ class Reading:
     """Means over the batches of a window (or an epoch) and over all processes.
 
     Attributes:
-        losses: mean of each loss.
-        num_batches: batches of one process.
+        losses: mean of each loss over the batches that have finite ones; 0 where none has.
+        num_batches: batches of one process that have finite losses.
         num_images: images of all processes.
         seconds: how long the window took.
         wait_seconds: how much of it this process waited for data.
     """
 
     losses: dict[str, float]
-    num_batches: int
+    num_batches: float
     num_images: int
     seconds: float
     wait_seconds: float
@@ -74,7 +74,7 @@ class Reading:
         num_batches = sum(reading.num_batches for reading in readings)
         return Reading(
             losses={
-                name: sum(reading.losses[name] * reading.num_batches for reading in readings) / num_batches
+                name: sum(reading.losses[name] * reading.num_batches for reading in readings) / max(num_batches, 1)
                 for name in readings[0].losses
             },
             num_batches=num_batches,
@@ -91,7 +91,6 @@ class Meter:
         self._runtime = runtime
         self._names: list[str] = []
         self._sums: Tensor | None = None
-        self._num_batches = 0
         self._num_images = 0
         self._wait_seconds = 0.0
         self._start = time.perf_counter()
@@ -99,9 +98,11 @@ class Meter:
     def add(self, losses: dict[str, Tensor], num_images: int, wait_seconds: float) -> None:
         """Takes in the losses (scalars on the device) of one batch."""
         self._names = list(losses)
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        values = torch.stack(
+            [*(loss.detach().float() for loss in losses.values()), losses["loss"].new_ones(()).float()]
+        )
+        values = torch.where(values.isfinite().all(), values, 0.0)
         self._sums = values if self._sums is None else self._sums + values
-        self._num_batches += 1
         self._num_images += num_images
         self._wait_seconds += wait_seconds
 
@@ -116,7 +117,6 @@ class Meter:
         return {
             "names": self._names,
             "sums": sums.cpu(),
-            "num_batches": self._num_batches,
             "num_images": self._num_images * self._runtime.world_size,
             "seconds": time.perf_counter() - self._start,
             "wait_seconds": self._wait_seconds,
@@ -128,7 +128,7 @@ class Meter:
         share = world_size if self._runtime.is_main else 0  # the sum is there once, whoever holds it
         self._names = list(state["names"])
         self._sums = state["sums"].to(self._runtime.device) * share
-        self._num_batches, self._num_images = state["num_batches"], state["num_images"] // world_size
+        self._num_images = state["num_images"] // world_size
         self._wait_seconds = state["wait_seconds"]
         self._start = time.perf_counter() - state["seconds"]
 
@@ -137,15 +137,15 @@ class Meter:
         assert self._sums is not None, "read() before add()"
         sums = self._runtime.sum_over_processes(self._sums).tolist()
         now = time.perf_counter()
-        count = self._num_batches * self._runtime.world_size
+        *sums, count = sums
         reading = Reading(
-            losses={name: value / count for name, value in zip(self._names, sums, strict=True)},
-            num_batches=self._num_batches,
+            losses={name: value / max(count, 1) for name, value in zip(self._names, sums, strict=True)},
+            num_batches=count / self._runtime.world_size,
             num_images=self._num_images * self._runtime.world_size,
             seconds=now - self._start,
             wait_seconds=self._wait_seconds,
         )
-        self._sums, self._num_batches, self._num_images, self._wait_seconds, self._start = None, 0, 0, 0.0, now
+        self._sums, self._num_images, self._wait_seconds, self._start = None, 0, 0.0, now
         return reading
 
 
@@ -171,8 +171,8 @@ class RunLog:
     num_epochs: int
     num_steps: int
     first_step: int = 0
-    purge_step: int = 0
     history: Sequence[Mapping[str, Any]] = ()
+    purge_step: int = 0
     writer: SummaryWriter | None = field(default=None, init=False)
     _bar: "tqdm[Any] | None" = field(default=None, init=False)
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
@@ -223,7 +223,7 @@ class RunLog:
         """The readings since the last window; ``step`` optimiser steps are done."""
         if self.writer is None or self._bar is None:
             return
-        for name, value in reading.losses.items():
+        for name, value in reading.losses.items() if reading.num_batches else ():
             self.writer.add_scalar(f"train/{name}", value, step)
         for name, value in learning_rates.items():
             self.writer.add_scalar(f"lr/{name}", value, step)

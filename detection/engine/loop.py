@@ -18,6 +18,7 @@ from backbones.errors import UserError
 from detection.engine.ema import EmaConfig, ExponentialAverage
 from detection.engine.files import Run
 from detection.engine.log import Meter, Reading, RunLog, epoch_record, with_wait
+from detection.engine.nonfinite import NonFiniteGuard
 from detection.engine.optim import OptimConfig, build_optimizer, build_schedule, parameter_groups
 from detection.engine.plain import to_plain
 from detection.engine.runtime import Runtime, check_device, seed_everything
@@ -38,8 +39,10 @@ class TrainBatch(Protocol):
     Attributes:
         skipped: "path: reason" of every image that could not be read while this batch was made.
         damaged: "path: what the decoder says" of every image in it that decoded to partly wrong pixels.
+        image_ids: int64 [B], the numbers of its images; read before the batch goes to the device.
     """
 
+    image_ids: Tensor
     skipped: list[str]
     damaged: list[str]
 
@@ -109,6 +112,9 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Called on every process with ``model`` in evaluation mode; process 0's result counts."""
 
+    def image_names(self, image_ids: Sequence[int]) -> list[str]:
+        """The files of training images, by their numbers in a batch, for a message."""
+
     def checkpoint_extra(self) -> dict[str, Any]:
         """Tensors and plain data that travel with the weights: model config, class names, normalisation."""
 
@@ -148,6 +154,9 @@ class TrainConfig:
     and SIGTERM)."""
     checkpoint_every_minutes: float | None = None
     """Minutes after which last.pt is written within an epoch; None for no limit."""
+    max_left_out: int = 10
+    """Batches of the whole run that may be left out because their loss or gradient is infinite or not a number. One more
+    ends the run. Their images are named when losses are read (log_every)."""
     max_skipped_share: float = 0.01
     """The run stops when more than this share of the training images cannot be read. In small datasets five images may be
     unreadable, but no more than a fifth of them; with 0 none may."""
@@ -164,6 +173,8 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate", "eval_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_left_out < 0:
+            raise UserError(f"train.max_left_out must be 0 or above, not {self.max_left_out}")
         if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
             raise UserError(
                 f"train.checkpoint_every_steps must be at least 1 or None, not {self.checkpoint_every_steps}"
@@ -269,7 +280,8 @@ def train(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -> T
         UserError: resuming with other data; too few images for a batch; too many unreadable images.
         OSError: a file of the run cannot be written.
         KeyboardInterrupt: a signal asked for an end; ``Terminated`` for any but SIGINT.
-        FloatingPointError: a loss or a weight became infinite or not a number. ``last.pt`` is from the epoch before.
+        FloatingPointError: too many losses or gradients, or a weight, became infinite or not a number. ``last.pt`` stays as
+            it was.
     """
     config.validate()
     start = time.perf_counter()
@@ -288,7 +300,7 @@ def train(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -> T
     purge_step = state.step + 1 if state.step and not waits_for_evaluation else state.step
     with (
         loop.stop,
-        RunLog(run.folder, runtime, config.epochs, num_steps, state.step, purge_step, state.history) as log,
+        RunLog(run.folder, runtime, config.epochs, num_steps, state.step, state.history, purge_step) as log,
     ):
         while state.epoch < config.epochs:
             batch = loop.train_epoch(log)
@@ -353,6 +365,7 @@ def _prepare(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -
         module=module,
         parameters=parameters,
         num_batches=num_batches,
+        guard=NonFiniteGuard(runtime, task.model, task.image_names),
     )
 
 
@@ -378,6 +391,7 @@ class _Loop:
         skipped: images that could not be read so far.
         damaged: images that decoded to partly wrong pixels so far.
         stop: whether a signal asks for an end.
+        guard: leaves out steps whose loss or gradient is not finite.
         epoch_start: when this start of the run began with the unfinished epoch, by ``time.perf_counter``.
         saved_at: when the last checkpoint was written, likewise.
     """
@@ -394,6 +408,7 @@ class _Loop:
     skipped: set[str] = field(default_factory=set)
     damaged: set[str] = field(default_factory=set)
     stop: StopRequest = field(default_factory=StopRequest)
+    guard: NonFiniteGuard
     epoch_start: float = field(default_factory=time.perf_counter)
     saved_at: float = field(default_factory=time.perf_counter)
 
@@ -418,12 +433,13 @@ class _Loop:
         for batch, wait_seconds in with_wait(self.loader):
             self._note_skipped(batch.skipped)
             self._note_damaged(batch.damaged)
+            image_ids = batch.image_ids.tolist()
             batch = batch.to(runtime.device, non_blocking=True)
             if log.writer is not None and state.step == 0 and state.batch == 0:
                 _log_images(self.task, log.writer, state.step, batch, state.model)
                 self.task.step.train()
             seed_everything(config.seed, epoch=state.epoch, rank=runtime.rank, batch=state.batch)
-            completes_group = self._forward_and_backward(batch, meter, wait_seconds)
+            completes_group = self._forward_and_backward(batch, image_ids, meter, wait_seconds)
             state.batch += 1
             if not completes_group:
                 continue
@@ -434,17 +450,20 @@ class _Loop:
             self._save_if_due(meter, log)
         return batch
 
-    def _forward_and_backward(self, batch: Any, meter: Meter, wait_seconds: float) -> bool:
+    def _forward_and_backward(self, batch: Any, image_ids: list[int], meter: Meter, wait_seconds: float) -> bool:
         """Adds the gradient of a batch; gives whether it is the last one before a step of the optimiser."""
         state, config = self.state, self.config
         # the last group of an epoch may be smaller than the others: each is the mean over its own batches
         group_start = state.batch - state.batch % config.accumulate
         group_size = min(config.accumulate, self.num_batches - group_start)
         completes_group = state.batch + 1 == group_start + group_size
-        with _gradients_stay_local(self.module, not completes_group):
+        if state.batch == group_start:
+            self.guard.begin_step()
+        with _memory_advice(config), _gradients_stay_local(self.module, not completes_group):
             with _autocast(config.amp, self.runtime.device):
                 losses = self.module(*batch.inputs())
             state.scaler.scale(losses["loss"] / group_size).backward()
+        self.guard.add(losses["loss"], image_ids)
         meter.add(losses, len(batch), wait_seconds)
         return completes_group
 
@@ -453,8 +472,15 @@ class _Loop:
         state, optimizer = self.state, self.state.optimizer
         if self.config.optim.clip_norm is not None:
             state.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
-        state.scaler.step(optimizer)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
+        elif not state.scaler.is_enabled():
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+        if state.scaler.is_enabled():
+            self.guard.end_step(None)
+        else:  # the fused optimisers leave out a step by this flag, which GradScaler sets itself
+            optimizer.found_inf = self.guard.end_step(norm).float()  # type: ignore[attr-defined]
+        with _memory_advice(self.config):  # the first step makes the optimiser's state
+            state.scaler.step(optimizer)
         state.scaler.update()
         optimizer.zero_grad()
         state.learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
@@ -465,10 +491,22 @@ class _Loop:
 
     def _read(self, meter: Meter, log: RunLog) -> None:
         """Closes a window of losses."""
+        self._report_left_out()
         reading = meter.read()
-        _check_losses(reading, self.state.epoch, self.state.step)
         self.state.readings.append(reading)
         log.window(self.state.epoch, self.state.step, reading, self.state.learning_rates)
+
+    def _report_left_out(self) -> None:
+        """Names and counts the batches that were left out; ends the run when there are too many."""
+        state, limit = self.state, self.config.max_left_out
+        state.num_left_out += self.guard.report()
+        if state.num_left_out > limit:
+            raise FloatingPointError(
+                f"{state.num_left_out} batches of this run had a loss or gradient that is infinite or not a number and were "
+                f"left out, more than --train.max-left-out {limit}; this is epoch {state.epoch + 1}, step {state.step}. "
+                f"Lower --train.optim.lr, set --train.optim.clip-norm, or look at the images that are named above. The last "
+                f"checkpoint is kept"
+            )
 
     def _save_if_due(self, meter: Meter, log: RunLog) -> None:
         """Writes a checkpoint within the epoch where the config or a signal asks for one; ends the run for a signal."""
@@ -480,6 +518,7 @@ class _Loop:
         if not (is_due or stops):
             return
         _check_weights(self.parameters, state.epoch, state.step)
+        self._report_left_out()
         state.window = meter.state()
         log.flush()
         self._save()
@@ -595,22 +634,29 @@ def _gradients_stay_local(step: nn.Module, condition: bool) -> contextlib.Abstra
     return contextlib.nullcontext()
 
 
-def _check_losses(reading: Reading, epoch: int, step: int) -> None:
-    broken = [name for name, value in reading.losses.items() if not math.isfinite(value)]
-    if broken:
-        raise FloatingPointError(
-            f"the loss is no longer finite ({', '.join(broken)}) in epoch {epoch + 1}, in the "
-            f"{reading.num_batches} batches up to step {step}; lower --train.optim.lr, set --train.optim.clip-norm, or "
-            f"look at the data. The checkpoint of the epoch before is kept"
-        )
+@contextlib.contextmanager
+def _memory_advice(config: TrainConfig) -> Iterator[None]:
+    """Turns torch's errors about full memory into a ``UserError`` that says which settings need less."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        half = max(config.batch_size // 2, 2)
+        amp = "" if config.amp != "off" else ", compute in half precision (--train.amp bf16)"
+        raise UserError(
+            f"memory is full: lower --train.batch-size (now {config.batch_size}; {half} with --train.accumulate "
+            f"{config.accumulate * 2} takes steps over as many images), lower --model.input-size{amp}. torch says: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def _check_weights(parameters: list[nn.Parameter], epoch: int, step: int) -> None:
     """The last loss was taken before the last step: a checkpoint must not keep what that step broke."""
     if not nn.utils.get_total_norm([parameter.detach() for parameter in parameters]).isfinite():
         raise FloatingPointError(
-            f"the weights are no longer finite at the end of epoch {epoch + 1}, after step {step}; lower "
-            f"--train.optim.lr or set --train.optim.clip-norm. The checkpoint of the epoch before is kept"
+            f"the weights are no longer finite in epoch {epoch + 1}, after step {step}; lower "
+            f"--train.optim.lr or set --train.optim.clip-norm. The last checkpoint is kept"
         )
 
 

@@ -42,6 +42,7 @@ class TrainState:
         window: the losses of the batches after these (``Meter.state``), None where there are none.
         learning_rates: of the last step, by the name of the parameter group.
         seconds: what the unfinished epoch took before this start of the run.
+        num_left_out: batches that were left out because their loss or gradient was not finite.
         metrics: the last evaluation.
         best_metric, best_epoch: the best value of the task's metric (NaN before there is one) and its epoch (from 1).
         history: a record for each epoch, the lines of metrics.jsonl.
@@ -63,6 +64,7 @@ class TrainState:
     window: dict[str, Any] | None = None
     learning_rates: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    num_left_out: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     best_metric: float = math.nan
     best_epoch: int = 0
@@ -101,6 +103,7 @@ class TrainState:
             "window": self.window,
             "learning_rates": self.learning_rates,
             "seconds": self.seconds,
+            "num_left_out": self.num_left_out,
             "best_metric": self.best_metric,
             "best_epoch": self.best_epoch,
             "history": self.history,
@@ -138,6 +141,7 @@ class TrainState:
         self.window = training.get("window")
         self.learning_rates = training.get("learning_rates", {})
         self.seconds = training.get("seconds", 0.0)
+        self.num_left_out = training.get("num_left_out", 0)
         self.best_metric, self.best_epoch = training["best_metric"], training["best_epoch"]
         self.history = training.get("history", [])
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,11 @@ class DetectionTask:
         evaluate(TorchRunner(model, self.runtime.device), self._val_loader, self.postprocess, evaluator)
         evaluator.merge_across_processes()
         return evaluator.compute().figures if self.runtime.is_main else {}
+
+    def image_names(self, image_ids: Sequence[int]) -> list[str]:
+        """The files of training images."""
+        index = self.train_index
+        return [index.file_name(int(np.flatnonzero(index.image_ids == image_id)[0])) for image_id in image_ids]
 
     def checkpoint_extra(self) -> dict[str, Any]:
         info = DetectorInfo(
