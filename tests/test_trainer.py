@@ -627,6 +627,19 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
         run(PointsTask(), config_of(resume=True), tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_start_that_is_repeated_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """With the command line of the first start: without and with a checkpoint, ``resume`` off and on."""
+    monkeypatch.setenv(name, "1")
+    run(PointsTask(), config_of(resume=True), tmp_path / "run")
+    task = PointsTask()
+    run(task, config_of(), tmp_path / "run")
+    assert task.loader.epochs == []
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(UserError, match="already holds a run"):
+        run(PointsTask(), config_of(), tmp_path / "run")
+
+
 def test_best_weights_cannot_be_resumed(tmp_path: Path) -> None:
     result = run(PointsTask(), config_of(), tmp_path / "run")
     result.best_path.replace(result.last_path)

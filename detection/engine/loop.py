@@ -166,7 +166,8 @@ class TrainConfig:
     """Where to train: auto (a CUDA GPU where there is one, else the CPU), cpu, cuda, cuda:N or mps."""
     resume: bool = False
     """Go on with the run in the run folder, exactly where its last checkpoint was written. The network comes from its last.pt
-    alone: the weights it once started from are not needed."""
+    alone: the weights it once started from are not needed. A start that torchrun --max-restarts or Slurm repeats does so by
+    itself, where there is a checkpoint."""
 
     def validate(self) -> None:
         """Raises UserError for a value that means nothing."""
