@@ -38,7 +38,7 @@ class Runtime:
         rank: number of this process, 0 .. world_size - 1. Process 0 alone writes files and prints progress.
         local_rank: number of this process on its machine.
         world_size: number of processes of the whole run.
-        host_group: the processes as a group that exchanges tensors on the CPU; None in one process.
+        host_group: the processes as a group that exchanges tensors on the CPU; None where the default group does.
     """
 
     device: torch.device
@@ -140,7 +140,7 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
 
-    host_group = None
+    host_group: dist.ProcessGroup | None = None
     if world_size > 1:
         # Default arguments of this module are the group that is open when it is first imported, and DDP imports it: such a
         # group outlives destroy_process_group, and one of Gloo's threads that lives on can abort the interpreter's end.
@@ -150,7 +150,6 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
             host_group = dist.new_group(backend="gloo")
         else:
             dist.init_process_group("gloo")
-            host_group = dist.group.WORLD
     try:
         with clear_failures():
             yield Runtime(device=chosen, rank=rank, local_rank=local_rank, world_size=world_size, host_group=host_group)
