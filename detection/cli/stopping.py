@@ -7,21 +7,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from detection.engine.stopping import Terminated
 from detection.engine.streams import let_go
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP came: what Ctrl-C does, for ``docker stop``, a batch system or a closed terminal. Or Ctrl-C itself.
-
-    Attributes:
-        name: of the signal; of SIGINT "Ctrl-C".
-        status: the exit status that goes with it, 128 and its number, as shells have it.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self.status = 128 + number
-        super().__init__(f"stopped by {self.name}")
 
 
 @contextlib.contextmanager

@@ -43,15 +43,15 @@ class Reading:
     """Means over the batches of a window (or an epoch) and over all processes.
 
     Attributes:
-        losses: mean of each loss.
-        num_batches: batches of one process.
+        losses: mean of each loss over the batches that have finite ones; 0 where none has.
+        num_batches: batches of one process that have finite losses.
         num_images: images of all processes.
         seconds: how long the window took.
         wait_seconds: how much of it this process waited for data.
     """
 
     losses: dict[str, float]
-    num_batches: int
+    num_batches: float
     num_images: int
     seconds: float
     wait_seconds: float
@@ -74,7 +74,7 @@ class Reading:
         num_batches = sum(reading.num_batches for reading in readings)
         return Reading(
             losses={
-                name: sum(reading.losses[name] * reading.num_batches for reading in readings) / num_batches
+                name: sum(reading.losses[name] * reading.num_batches for reading in readings) / max(num_batches, 1)
                 for name in readings[0].losses
             },
             num_batches=num_batches,
@@ -91,7 +91,6 @@ class Meter:
         self._runtime = runtime
         self._names: list[str] = []
         self._sums: Tensor | None = None
-        self._num_batches = 0
         self._num_images = 0
         self._wait_seconds = 0.0
         self._start = time.perf_counter()
@@ -99,26 +98,54 @@ class Meter:
     def add(self, losses: dict[str, Tensor], num_images: int, wait_seconds: float) -> None:
         """Takes in the losses (scalars on the device) of one batch."""
         self._names = list(losses)
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        values = torch.stack(
+            [*(loss.detach().float() for loss in losses.values()), losses["loss"].new_ones(()).float()]
+        )
+        values = torch.where(values.isfinite().all(), values, 0.0)
         self._sums = values if self._sums is None else self._sums + values
-        self._num_batches += 1
         self._num_images += num_images
         self._wait_seconds += wait_seconds
+
+    def state(self) -> dict[str, Any] | None:
+        """What is summed since the last reading, over all processes, fit for a checkpoint; None for nothing.
+
+        Every process has to call it after the same number of batches.
+        """
+        if self._sums is None:
+            return None
+        sums = self._runtime.sum_over_processes(self._sums.clone()) / self._runtime.world_size
+        return {
+            "names": self._names,
+            "sums": sums.cpu(),
+            "num_images": self._num_images * self._runtime.world_size,
+            "seconds": time.perf_counter() - self._start,
+            "wait_seconds": self._wait_seconds,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what ``state`` gave, of any number of processes."""
+        world_size = self._runtime.world_size
+        share = world_size if self._runtime.is_main else 0  # the sum is there once, whoever holds it
+        self._names = list(state["names"])
+        self._sums = state["sums"].to(self._runtime.device) * share
+        self._num_images = state["num_images"] // world_size
+        self._wait_seconds = state["wait_seconds"]
+        self._start = time.perf_counter() - state["seconds"]
 
     def read(self) -> Reading:
         """The means since the last reading. Every process has to call it after the same number of batches."""
         assert self._sums is not None, "read() before add()"
         sums = self._runtime.sum_over_processes(self._sums).tolist()
         now = time.perf_counter()
-        count = self._num_batches * self._runtime.world_size
+        *sums, count = sums
         reading = Reading(
-            losses={name: value / count for name, value in zip(self._names, sums, strict=True)},
-            num_batches=self._num_batches,
+            losses={name: value / max(count, 1) for name, value in zip(self._names, sums, strict=True)},
+            num_batches=count / self._runtime.world_size,
             num_images=self._num_images * self._runtime.world_size,
             seconds=now - self._start,
             wait_seconds=self._wait_seconds,
         )
-        self._sums, self._num_batches, self._num_images, self._wait_seconds, self._start = None, 0, 0, 0.0, now
+        self._sums, self._num_images, self._wait_seconds, self._start = None, 0, 0.0, now
         return reading
 
 
@@ -133,7 +160,8 @@ class RunLog:
         runtime: this process.
         num_epochs: epochs of the whole training.
         num_steps: optimiser steps of the whole training.
-        first_step: the optimiser step that this start begins with.
+        first_step: optimiser steps that were done before this start.
+        purge_step: TensorBoard forgets what a start before this one wrote of this step and later ones.
         history: the records of the epochs before, from the checkpoint. ``metrics.jsonl`` begins with them, whatever a run
             that was killed left in it.
     """
@@ -144,6 +172,7 @@ class RunLog:
     num_steps: int
     first_step: int = 0
     history: Sequence[Mapping[str, Any]] = ()
+    purge_step: int = 0
     writer: SummaryWriter | None = field(default=None, init=False)
     _bar: "tqdm[Any] | None" = field(default=None, init=False)
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
@@ -156,7 +185,7 @@ class RunLog:
                 self._say_what_is_mended()
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
             write_whole(self._metrics_path, lines.encode())
-            self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.first_step)
+            self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.purge_step)
             self._stack.callback(self.writer.close)
             if sys.stderr.isatty():
                 self._stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not through it
@@ -167,16 +196,23 @@ class RunLog:
             self._bar.close()
         self._stack.close()
 
-    def start_epoch(self, epoch: int, num_steps: int) -> None:
+    def start_epoch(self, epoch: int, num_steps: int, first_step: int = 0) -> None:
+        """Opens the bar of an epoch, of which ``first_step`` of ``num_steps`` steps are done."""
         if self.runtime.is_main:
             self._bar = tqdm(
                 total=num_steps,
+                initial=first_step,
                 desc=f"epoch {epoch + 1}/{self.num_epochs}",
                 unit="step",
                 leave=False,
                 dynamic_ncols=True,
                 disable=not sys.stderr.isatty(),
             )
+
+    def flush(self) -> None:
+        """Before a checkpoint: what TensorBoard has of the steps before it must not be lost with this process."""
+        if self.writer is not None:
+            self.writer.flush()
 
     def advance(self) -> None:
         """One optimiser step more."""
@@ -187,7 +223,7 @@ class RunLog:
         """The readings since the last window; ``step`` optimiser steps are done."""
         if self.writer is None or self._bar is None:
             return
-        for name, value in reading.losses.items():
+        for name, value in reading.losses.items() if reading.num_batches else ():
             self.writer.add_scalar(f"train/{name}", value, step)
         for name, value in learning_rates.items():
             self.writer.add_scalar(f"lr/{name}", value, step)
@@ -201,6 +237,13 @@ class RunLog:
             _log.info("epoch %d/%d, step %d/%d: %s", epoch + 1, self.num_epochs, step, self.num_steps, text)
             self._last_line = now
 
+    def evaluation(self, metrics: Mapping[str, float], step: int) -> None:
+        """What an evaluation gave; before the checkpoint that says it is done."""
+        if self.writer is not None:
+            for name, value in metrics.items():
+                self.writer.add_scalar(f"val/{name}", value, step)
+            self.writer.flush()
+
     def end_epoch(self, record: Mapping[str, Any], reading: Reading, *, shown_metric: str) -> None:
         """Closes the epoch's bar, prints its line and writes its record (``epoch_record``) down.
 
@@ -211,9 +254,6 @@ class RunLog:
             return
         self._bar.close()
         step, metrics = record["step"], record["metrics"]
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"val/{name}", value, step)
-        self.writer.flush()
         try:
             with self._metrics_path.open("a") as file:
                 file.write(json.dumps(record) + "\n")

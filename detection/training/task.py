@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from backbones.errors import UserError
@@ -22,6 +21,7 @@ from detection.data.loader import build_loader
 from detection.data.summary import describe
 from detection.engine.loop import TrainConfig
 from detection.engine.runtime import Runtime, seed_everything
+from detection.engine.workers import BatchLoader
 from detection.evaluation.coco_ap import CocoEvaluator
 from detection.evaluation.run import evaluate
 from detection.images.draw import draw_detections, draw_target, image_grid
@@ -91,7 +91,7 @@ class DetectionTask:
         _require_files(self.train_index, self._train_images, config.train, "training")
         _require_files(self.val_index, self._val_images, config.train, "validation")
 
-    def _build_train_loader(self) -> DataLoader[Any]:
+    def _build_train_loader(self) -> BatchLoader[Any]:
         model, train = self.config.model, self.config.train
         transform = TrainTransform(
             self.config.augment,
@@ -114,7 +114,7 @@ class DetectionTask:
         data = self.config.data
         return DetectionDataset(index, images, transform, exif=data.exif, max_pixels=data.max_pixels)
 
-    def _build_val_loader(self) -> DataLoader[Any]:
+    def _build_val_loader(self) -> BatchLoader[Any]:
         model = self.config.model
         transform = EvalTransform(model.input_size, resize_mode=model.resize, fill=self.model.config.fill)
         return build_loader(
@@ -126,7 +126,7 @@ class DetectionTask:
             pin_memory=self.runtime.device.type == "cuda",
         )
 
-    def train_loader(self) -> DataLoader[Any]:
+    def train_loader(self) -> BatchLoader[Any]:
         return self._train_loader
 
     def data_fingerprint(self) -> dict[str, int | str]:
@@ -147,6 +147,11 @@ class DetectionTask:
         evaluate(TorchRunner(model, self.runtime.device), self._val_loader, self.postprocess, evaluator)
         evaluator.merge_across_processes()
         return evaluator.compute().figures if self.runtime.is_main else {}
+
+    def image_names(self, image_ids: Sequence[int]) -> list[str]:
+        """The files of training images."""
+        index = self.train_index
+        return [index.file_name(int(np.flatnonzero(index.image_ids == image_id)[0])) for image_id in image_ids]
 
     def checkpoint_extra(self) -> dict[str, Any]:
         info = DetectorInfo(
