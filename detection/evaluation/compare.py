@@ -33,7 +33,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """"better" or "worse" (the second than the first) if the interval leaves out 0, else "no difference shown"."""
+        """ "better" or "worse" (the second than the first) if the interval leaves out 0, else "no difference shown"."""
         if self.low > 0:
             return "better"
         return "worse" if self.high < 0 else "no difference shown"
@@ -77,9 +77,7 @@ def compare(first: Outcomes, second: Outcomes, resamples: int = RESAMPLES, seed:
     overall = [_difference(name, _over_classes(a), _over_classes(b)) for name, (a, b) in (("AP", ap), ("AP50", ap50))]
     names = first.index.class_names
     classes = [_difference(names[k], ap[0][:, k], ap[1][:, k]) for k in np.flatnonzero(first.num_objects > 0)]
-    return Comparison(
-        overall=overall, classes=classes, images=image_f1(second) - image_f1(first), resamples=resamples
-    )
+    return Comparison(overall=overall, classes=classes, images=image_f1(second) - image_f1(first), resamples=resamples)
 
 
 def image_f1(outcomes: Outcomes, from_score: float = 0.25) -> NDArray[np.float64]:

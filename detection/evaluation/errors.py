@@ -50,7 +50,11 @@ class Outcomes:
         table = table.select(np.argsort(table.image_ids, kind="stable"))
         table = table.select(np.argsort(-table.scores, kind="stable"))
         order = np.argsort(index.image_ids, kind="stable")
-        positions = order[np.searchsorted(index.image_ids, table.image_ids, sorter=order)] if len(table) else np.empty(0, np.int64)
+        positions = (
+            order[np.searchsorted(index.image_ids, table.image_ids, sorter=order)]
+            if len(table)
+            else np.empty(0, np.int64)
+        )
         return cls(index=index, table=table, positions=positions, matches=match_detections(index, table, classes))
 
     @property
@@ -126,8 +130,9 @@ def split_errors(outcomes: Outcomes) -> ErrorSplit:
     A wrong detection is, in this order: *localisation* if it lies at IoU 0.1..0.5 on an object of its class; *class* if at
     0.5 or more on one of another class; *duplicate* if at 0.5 or more on one of its own, which a better one found;
     *background* if below 0.1 on everything; else *both* (class and place). An object is *missed* if it is not found and no
-    class or localisation error is about it. Mending: the best class or localisation error about an object that is not
-    found becomes right, the others of that kind go; duplicate, background and both go; missed objects need not be found.
+    class or localisation error is about it. Crowds are no objects. Mending: the best class or localisation error about an object that is not
+    found becomes right, the others of that kind go; duplicate, background and both go; missed objects need not be found, and a
+    class of which none is left to find leaves the mean (AP50 is 1 if all do).
     """
     index, table, matches = outcomes.index, outcomes.table, outcomes.matches
     right, ignored = outcomes.right[0], matches.ignored[0]
@@ -171,8 +176,11 @@ def split_errors(outcomes: Outcomes) -> ErrorSplit:
             _, first = np.unique(partners[open_rows], return_index=True)  # rows are best first
             saved = open_rows[first]
             kept[saved], mended[saved], mended_labels[saved] = True, True, index.labels[partners[saved]]
-        costs[kind] = _ap50(mended[kept], mended_labels[kept], objects) - ap50
-    numbers_of = {kind: int((kinds == number).sum()) for number, kind in enumerate(KINDS)} | {"missed": int(missed.sum())}
+        after = _ap50(mended[kept], mended_labels[kept], objects)
+        costs[kind] = (after if objects.any() else 1.0) - ap50
+    numbers_of = {kind: int((kinds == number).sum()) for number, kind in enumerate(KINDS)} | {
+        "missed": int(missed.sum())
+    }
     return ErrorSplit(kinds=kinds, partners=partners, missed=missed, counts=numbers_of, costs=costs, ap50=ap50)
 
 
@@ -289,7 +297,9 @@ def calibration(outcomes: Outcomes, from_score: float = 0.05, bins: int = 10) ->
     return Calibration(edges=edges, counts=counts, scores=means, right=shares, error=error)
 
 
-def resampled_ap(outcomes: Outcomes, weights: NDArray[np.integer[Any]], ious: slice = slice(None)) -> NDArray[np.float64]:
+def resampled_ap(
+    outcomes: Outcomes, weights: NDArray[np.integer[Any]], ious: slice = slice(None)
+) -> NDArray[np.float64]:
     """AP of each class if image i counted ``weights[b, i]`` times.
 
     Matches within an image do not depend on other images, so a resample only weighs the rows of one sorted table: precision
@@ -354,6 +364,5 @@ def _by_image(outcomes: Outcomes) -> list[tuple[NDArray[np.int64], NDArray[np.in
     ends = np.cumsum(np.bincount(outcomes.positions, minlength=len(outcomes.index)))
     offsets = outcomes.index.offsets
     return [
-        (rows, np.arange(offsets[place], offsets[place + 1]))
-        for place, rows in enumerate(np.split(order, ends[:-1]))
+        (rows, np.arange(offsets[place], offsets[place + 1])) for place, rows in enumerate(np.split(order, ends[:-1]))
     ]

@@ -39,7 +39,9 @@ def line_chart(
         )
         if number < len(marks) and np.isfinite(marks[number][0]):
             x, y = marks[number]
-            parts.append(f'<circle cx="{_x(x)}" cy="{_y(y)}" r="4" fill="{colour}"><title>{escape(name)} {x:.2f}</title></circle>')
+            parts.append(
+                f'<circle cx="{_x(x)}" cy="{_y(y)}" r="4" fill="{colour}"><title>{escape(name)} {x:.2f}</title></circle>'
+            )
     return _svg(parts, _LEFT + _WIDTH + 12, _TOP + _HEIGHT + 40) + _legend([name for name, _, _ in series])
 
 
