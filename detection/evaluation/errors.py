@@ -130,8 +130,10 @@ def split_errors(outcomes: Outcomes) -> ErrorSplit:
     A wrong detection is, in this order: *localisation* if it lies at IoU 0.1..0.5 on an object of its class; *class* if at
     0.5 or more on one of another class; *duplicate* if at 0.5 or more on one of its own, which a better one found;
     *background* if below 0.1 on everything; else *both* (class and place). An object is *missed* if it is not found and no
-    class or localisation error is about it. Crowds are no objects. Mending: the best class or localisation error about an object that is not
-    found becomes right, the others of that kind go; duplicate, background and both go; missed objects need not be found, and a
+    class or localisation error is about it. Crowds are no objects.
+
+    Mending: the best class or localisation error about an object that is not found becomes right, the others of that kind
+    go; duplicate, background and both go; missed objects need not be found, and a
     class of which none is left to find leaves the mean (AP50 is 1 if all do).
     """
     index, table, matches = outcomes.index, outcomes.table, outcomes.matches
