@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train",
     "train-cls": "train_cls",
     "eval": "eval",
+    "report": "report",
     "video": "video",
     "convert": "convert",
     "convert-weights": "convert_weights",

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult | LrRange:
     from detection.engine.loop import train
     from detection.engine.runtime import open_runtime
     from detection.training.config import DetectionConfig
+    from detection.training.run_report import try_run_report
     from detection.training.task import DetectionTask
 
     config: DetectionConfig = load_config(arguments, __doc__ or "", DetectionConfig, DetectionConfig.from_plain)
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult | LrRange:
         task = DetectionTask(config, runtime, run.adopted)
         result = train(task, config.train, run, runtime)
     if runtime.is_main:
+        try_run_report(config.run_dir)
         print(f"best AP {result.best_metric:.3f} in epoch {result.best_epoch}: {result.best_path}")
     return result
 

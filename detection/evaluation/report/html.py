@@ -32,6 +32,7 @@ svg{width:100%;max-width:560px;height:auto;display:block}svg text{fill:var(--ink
 .legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:13px}.legend i{display:inline-block;width:12px;height:12px;
 margin-right:5px;border-radius:2px}
 .shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));gap:14px}
+img.whole{width:100%;background:#fff;border-radius:8px}pre{font-size:12px;background:var(--card);padding:10px;border-radius:8px}
 figure{margin:0;background:var(--card);border-radius:8px;overflow:hidden}figure img{width:100%;display:block}
 figcaption{padding:6px 10px;font-size:13px;overflow-wrap:anywhere}
 """
@@ -71,6 +72,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def side_by_side(*parts: str) -> str:
     """Beside each other where there is room, else below."""
     return '<div class="row">' + "".join(f"<div>{part}</div>" for part in parts) + "</div>"
+
+
+def code(text: str) -> str:
+    """Text as it is, closed until it is clicked."""
+    return f'<details><summary>show</summary><pre class="wide">{escape(text)}</pre></details>'
 
 
 def figure(image: NDArray[np.uint8], caption: str) -> str:
