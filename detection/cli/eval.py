@@ -28,6 +28,7 @@ DRAWN_SCORE = (
 
 if TYPE_CHECKING:  # what loads torch is imported when the command line is parsed
     from detection.data.coco import CocoIndex
+    from detection.data.dataset import DetectionDataset
     from detection.evaluation.coco_ap import EvaluationResult
     from detection.evaluation.compare import Comparison
     from detection.evaluation.errors import Outcomes
@@ -292,6 +293,17 @@ def _write_thresholds(config: EvalConfig, measured: _Measured) -> None:
         print(f"nothing right was found of {', '.join(unset)}: {DRAWN_SCORE} stays")
 
 
+def _images(config: EvalConfig, index: CocoIndex) -> DetectionDataset | None:
+    """The images as they are, to be shown."""
+    from detection.data.augment import EvalTransform
+    from detection.data.dataset import DetectionDataset
+
+    if config.images is None:
+        return None
+    whole = EvalTransform((32, 32))  # of no effect: ``DetectionDataset.image`` does not go through it
+    return DetectionDataset(index, config.images, whole, exif=config.exif, max_pixels=config.max_pixels)
+
+
 def _write_page(config: EvalConfig, path: Path, measured: _Measured, comparison: Comparison | None) -> None:
     from backbones.state import write_whole
     from detection.evaluation.report.page import Report
@@ -301,7 +313,7 @@ def _write_page(config: EvalConfig, path: Path, measured: _Measured, comparison:
         title=f"{source} on {config.annotations.name}",
         outcomes=measured.outcomes(),
         result=measured.result,
-        images=config.images,
+        images=_images(config, measured.index),
         timing=measured.timing,
         comparison=comparison,
         other=str(config.against),

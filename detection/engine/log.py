@@ -48,6 +48,7 @@ class Reading:
         num_images: images of all processes.
         seconds: how long the window took.
         wait_seconds: how much of it this process waited for data.
+        gradient_norm: mean L2 norm before clipping over the window's steps; None where gradients are not clipped.
     """
 
     losses: dict[str, float]
@@ -55,6 +56,7 @@ class Reading:
     num_images: int
     seconds: float
     wait_seconds: float
+    gradient_norm: float | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """The fields, fit for a checkpoint."""
@@ -72,6 +74,7 @@ class Reading:
     def mean(readings: "list[Reading]") -> "Reading":
         """Several windows as one."""
         num_batches = sum(reading.num_batches for reading in readings)
+        norms = [reading.gradient_norm for reading in readings if reading.gradient_norm is not None]
         return Reading(
             losses={
                 name: sum(reading.losses[name] * reading.num_batches for reading in readings) / num_batches
@@ -81,6 +84,7 @@ class Reading:
             num_images=sum(reading.num_images for reading in readings),
             seconds=sum(reading.seconds for reading in readings),
             wait_seconds=sum(reading.wait_seconds for reading in readings),
+            gradient_norm=sum(norms) / len(norms) if norms else None,
         )
 
 
@@ -91,6 +95,8 @@ class Meter:
         self._runtime = runtime
         self._names: list[str] = []
         self._sums: Tensor | None = None
+        self._norms: Tensor | None = None
+        self._num_norms = 0
         self._num_batches = 0
         self._num_images = 0
         self._wait_seconds = 0.0
@@ -105,10 +111,17 @@ class Meter:
         self._num_images += num_images
         self._wait_seconds += wait_seconds
 
+    def add_norm(self, norm: Tensor) -> None:
+        """Takes in the gradient norm (a scalar on the device) of one step; an overflow of fp16 counts as infinite."""
+        self._norms = norm.detach().float() if self._norms is None else self._norms + norm.detach().float()
+        self._num_norms += 1
+
     def read(self) -> Reading:
         """The means since the last reading. Every process has to call it after the same number of batches."""
         assert self._sums is not None, "read() before add()"
-        sums = self._runtime.sum_over_processes(self._sums).tolist()
+        values = self._sums if self._norms is None else torch.cat([self._sums, self._norms[None]])
+        sums = self._runtime.sum_over_processes(values).tolist()
+        norm = None if self._norms is None else sums.pop() / (self._num_norms * self._runtime.world_size)
         now = time.perf_counter()
         count = self._num_batches * self._runtime.world_size
         reading = Reading(
@@ -117,7 +130,9 @@ class Meter:
             num_images=self._num_images * self._runtime.world_size,
             seconds=now - self._start,
             wait_seconds=self._wait_seconds,
+            gradient_norm=norm,
         )
+        self._norms, self._num_norms = None, 0
         self._sums, self._num_batches, self._num_images, self._wait_seconds, self._start = None, 0, 0, 0.0, now
         return reading
 
@@ -191,6 +206,8 @@ class RunLog:
             self.writer.add_scalar(f"train/{name}", value, step)
         for name, value in learning_rates.items():
             self.writer.add_scalar(f"lr/{name}", value, step)
+        if reading.gradient_norm is not None:
+            self.writer.add_scalar("train/gradient_norm", reading.gradient_norm, step)
         self.writer.add_scalar("speed/images_per_second", reading.images_per_second, step)
         self.writer.add_scalar("speed/data_wait_share", reading.wait_share, step)
 
@@ -268,6 +285,7 @@ def epoch_record(
         "losses": reading.losses,
         "images_per_second": round(reading.images_per_second, 2),
         "data_wait_share": round(reading.wait_share, 4),
+        **({} if reading.gradient_norm is None else {"gradient_norm": reading.gradient_norm}),
         "seconds": round(seconds, 2),
         "metrics": metrics,
         "best": is_best,

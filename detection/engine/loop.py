@@ -386,7 +386,7 @@ class _Loop:
             state.batch += 1
             if not completes_group:
                 continue
-            learning_rates = self._update()
+            learning_rates = self._update(meter)
             log.advance()
             if state.step % config.log_every == 0 or state.batch == self.num_batches:
                 self._read(meter, log, learning_rates)
@@ -406,12 +406,12 @@ class _Loop:
         meter.add(losses, len(batch), wait_seconds)
         return completes_group
 
-    def _update(self) -> dict[str, float]:
+    def _update(self, meter: Meter) -> dict[str, float]:
         """A step of the optimiser and all that follows it; gives its learning rates."""
         state, optimizer = self.state, self.state.optimizer
         if self.config.optim.clip_norm is not None:
             state.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
+            meter.add_norm(nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm))
         state.scaler.step(optimizer)
         state.scaler.update()
         optimizer.zero_grad()

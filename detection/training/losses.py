@@ -79,8 +79,13 @@ class TrainingStep(nn.Module):
         self.loss = loss
 
     def forward(self, images: Tensor, boxes: Tensor, labels: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """uint8 images [B, 3, H, W] and the fields of ``Target`` -> scalar losses; ``loss`` is the one to minimise."""
+        """uint8 images [B, 3, H, W] and the fields of ``Target`` -> scalar losses; ``loss`` is the one to minimise.
+
+        ``positives_per_object`` is for the log: matched anchors for each object of the batch.
+        """
         losses: dict[str, Tensor] = self.loss(self.model(images), Target(boxes, labels, valid))
+        # of the batch of one process: few of these mean an assigner that does not fit the data
+        losses["positives_per_object"] = losses["positives"] * len(images) / valid.sum().clamp(min=1)
         return losses
 
 

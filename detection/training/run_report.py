@@ -17,7 +17,7 @@ from detection.evaluation.report import html
 
 _log = logging.getLogger(__name__)
 
-_NOT_LOSSES = ("positives", "positives_per_object", "gradient_norm")
+_NOT_LOSSES = ("positives", "positives_per_object")
 
 
 def write_run_report(folder: Path) -> tuple[Path, Path]:
@@ -68,6 +68,9 @@ def _panels(records: Sequence[Mapping[str, Any]]) -> list[Callable[[Any], None]]
     ]
     others = [name for name in _NOT_LOSSES if any(name in record["losses"] for record in records)]
     panels += [_panel(name.replace("_", " "), {name: _points(records, "losses", name)}) for name in others]
+    norms = [(record["epoch"], record["gradient_norm"]) for record in records if "gradient_norm" in record]
+    if norms:
+        panels.append(_panel("gradient norm before clipping", {"norm": norms}))
     waits = [(record["epoch"], record["data_wait_share"]) for record in records]
     panels.append(_panel("share of time waiting for data", {"wait": waits}))
     return panels

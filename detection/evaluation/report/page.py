@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from backbones.errors import UserError
-from detection.data.coco import EXIF, CocoIndex
+from detection.data.dataset import DetectionDataset
 from detection.evaluation.coco_ap import EvaluationResult
 from detection.evaluation.compare import Comparison
 from detection.evaluation.errors import (
@@ -32,7 +31,6 @@ from detection.evaluation.errors import (
 )
 from detection.evaluation.report import charts, html
 from detection.evaluation.run import EvaluationTiming
-from detection.images.decode import EncodedImage
 from detection.images.draw import draw_detections, draw_target, image_grid
 
 _log = logging.getLogger(__name__)
@@ -59,7 +57,7 @@ class Report:
         title: of the page.
         outcomes: the table beside the truth.
         result: the COCO figures of the same table.
-        images: the folder that file names start from; None leaves the images out.
+        images: the images of the same index; None leaves them out.
         timing: speed, where the detector was run.
         comparison: with another table.
         other: what the other table is of, for the page.
@@ -68,7 +66,7 @@ class Report:
     title: str
     outcomes: Outcomes
     result: EvaluationResult
-    images: Path | None = None
+    images: DetectionDataset | None = None
     timing: EvaluationTiming | None = None
     comparison: Comparison | None = None
     other: str = ""
@@ -212,7 +210,7 @@ class Report:
             html.table(["image", "F1 of the other less this"], images),
         )
 
-    def _false_alarms(self, split: ErrorSplit, curves: Sequence[ThresholdCurve], images: Path) -> str:
+    def _false_alarms(self, split: ErrorSplit, curves: Sequence[ThresholdCurve], images: DetectionDataset) -> str:
         table = self.outcomes.table
         shots = []
         for row in np.flatnonzero(split.kinds >= 0).tolist():  # best first
@@ -228,7 +226,7 @@ class Report:
             f'<div class="shots">{"".join(shots)}</div>' if shots else "<p>None.</p>",
         )
 
-    def _misses(self, split: ErrorSplit, curves: Sequence[ThresholdCurve], images: Path) -> str:
+    def _misses(self, split: ErrorSplit, curves: Sequence[ThresholdCurve], images: DetectionDataset) -> str:
         index, table = self.outcomes.index, self.outcomes.table
         of_record = np.repeat(np.arange(len(index)), np.diff(index.offsets))
         areas = index.xywh[:, 2] * index.xywh[:, 3] / np.maximum(index.sizes[of_record].prod(1), 1)
@@ -260,12 +258,17 @@ class Report:
         )
 
     def _shot(
-        self, position: int, text: str, box: NDArray[np.floating[Any]], curves: Sequence[ThresholdCurve], folder: Path
+        self,
+        position: int,
+        text: str,
+        box: NDArray[np.floating[Any]],
+        curves: Sequence[ThresholdCurve],
+        images: DetectionDataset,
     ) -> list[str]:
         """The figure of a mistake; [] where its image cannot be read."""
         index = self.outcomes.index
         try:
-            image = read_placed(folder, index, position)
+            image = images.image(position)
         except (UserError, OSError) as error:
             _log.warning("left out of the report: %s", error)
             return []
@@ -284,16 +287,6 @@ class Report:
         for side in sides:
             _frame(side, box * scale)
         return [html.figure(image_grid(sides, columns=2, cell=_SHOT_SIDE), f"{index.file_name(position)}: {text}")]
-
-
-def read_placed(folder: Path, index: CocoIndex, position: int) -> NDArray[np.uint8]:
-    """An image, RGB uint8 [H, W, 3], the way up that its boxes are.
-
-    Raises:
-        UserError, OSError: it is not there or does not decode.
-    """
-    encoded = EncodedImage(folder / index.file_name(position))
-    return encoded.decode(turn=EXIF[index.exif[position]] != "ignored")
 
 
 def _frame(image: NDArray[np.uint8], box: NDArray[np.floating[Any]]) -> None:
