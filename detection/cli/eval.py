@@ -98,6 +98,8 @@ class EvalConfig:
             raise UserError(
                 "--predictions writes what a checkpoint finds; with --from-predictions there is nothing new"
             )
+        if self.against is not None and self.against.suffix == ".json" and not self.against.is_file():
+            raise UserError(f"--against {self.against}: there is no such file; a COCO result json is expected")
         if self.against_runner is not None and (self.against is None or self.against.suffix == ".json"):
             raise UserError("--against-runner says what runs the network of --against CHECKPOINT; there is none")
         if self.against is not None and self.against.suffix != ".json" and self.images is None:

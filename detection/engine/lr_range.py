@@ -50,7 +50,7 @@ class LrRange:
         if len(losses) <= _FIRST_STEPS:
             raise UserError(
                 f"the loss was no longer finite after {len(losses)} steps, at rates up to {rates[-1]:.2g}; look at the data "
-                "(litedet check) or lower the rate that the test begins with"
+                "and the weights that it starts from"
             )
         smoothed = smooth(losses)
         lowest = min(range(_FIRST_STEPS, len(smoothed)), key=smoothed.__getitem__)
@@ -128,11 +128,10 @@ def find_lr(
         with _autocast(config.amp, runtime.device):
             loss = module(*batch.to(runtime.device, non_blocking=True).inputs())["loss"]
         value = float(loss.detach())
-        rates.append(rate)
         if not math.isfinite(value):
             diverged = True
-            rates.pop() if losses else None
             break
+        rates.append(rate)
         losses.append(value)
         average = _MEMORY * average + (1 - _MEMORY) * value
         smoothed = average / (1 - _MEMORY ** len(losses))

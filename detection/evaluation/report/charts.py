@@ -30,7 +30,7 @@ def line_chart(
     """
     parts = [_frame(x_name, y_name)]
     if diagonal:
-        parts.append(f'<line class="grid" x1="{_x(0)}" y1="{_y(0)}" x2="{_x(1)}" y2="{_y(1)}" stroke-dasharray="4 4"/>')
+        parts.append(f'<line class="ideal" x1="{_x(0)}" y1="{_y(0)}" x2="{_x(1)}" y2="{_y(1)}"/>')
     for number, (name, xs, ys) in enumerate(series):
         colour = COLOURS[number % len(COLOURS)]
         points = " ".join(f"{_x(x)},{_y(y)}" for x, y in zip(xs, ys, strict=True) if np.isfinite(x) and np.isfinite(y))

@@ -23,15 +23,16 @@ code{overflow-wrap:anywhere}
 .row{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,380px),1fr));gap:16px}
 .row>div{min-width:0}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-td,th{padding:3px 10px;border-bottom:1px solid var(--line);text-align:right}
+td,th{padding:3px 10px;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
+td:last-child{white-space:normal;min-width:7em}.matrix td:last-child{min-width:36px}
 td:first-child,th:first-child{text-align:left}
 .wide{overflow-x:auto}.tall{max-height:520px;overflow:auto}
 .matrix td{text-align:center;min-width:36px;padding:3px 5px}
 .matrix .turned{vertical-align:bottom;padding:4px 2px}.turned span{writing-mode:vertical-rl;transform:rotate(180deg)}
-svg{width:100%;max-width:560px;height:auto;display:block}svg text{fill:var(--ink);font-size:12px}.grid{stroke:var(--line)}
+svg{width:100%;max-width:560px;height:auto;display:block}svg text{fill:var(--ink);font-size:12px}.grid{stroke:var(--line)}.ideal{stroke:var(--soft);stroke-dasharray:5 4}
 .legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:13px}.legend i{display:inline-block;width:12px;height:12px;
 margin-right:5px;border-radius:2px}
-.shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));gap:14px}
+.shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));gap:14px;align-items:start}
 img.whole{width:100%;background:#fff;border-radius:8px}pre{font-size:12px;background:var(--card);padding:10px;border-radius:8px}
 figure{margin:0;background:var(--card);border-radius:8px;overflow:hidden}figure img{width:100%;display:block}
 figcaption{padding:6px 10px;font-size:13px;overflow-wrap:anywhere}
