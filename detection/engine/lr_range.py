@@ -49,7 +49,7 @@ class LrRange:
         """Raises UserError where there are too few losses to see anything in."""
         if len(losses) <= _FIRST_STEPS:
             raise UserError(
-                f"the loss was no longer finite after {len(losses)} steps, at rates up to {rates[-1]:.2g}; look at the data "
+                f"the loss was no longer finite after {len(losses)} steps; look at the data "
                 "and the weights that it starts from"
             )
         smoothed = smooth(losses)

@@ -29,7 +29,8 @@ td:first-child,th:first-child{text-align:left}
 .wide{overflow-x:auto}.tall{max-height:520px;overflow:auto}
 .matrix td{text-align:center;min-width:36px;padding:3px 5px}
 .matrix .turned{vertical-align:bottom;padding:4px 2px}.turned span{writing-mode:vertical-rl;transform:rotate(180deg)}
-svg{width:100%;max-width:560px;height:auto;display:block}svg text{fill:var(--ink);font-size:12px}.grid{stroke:var(--line)}.ideal{stroke:var(--soft);stroke-dasharray:5 4}
+svg{width:100%;max-width:560px;height:auto;display:block}svg text{fill:var(--ink);font-size:12px}.grid{stroke:var(--line)}
+.ideal{stroke:var(--soft);stroke-dasharray:5 4}
 .legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:13px}.legend i{display:inline-block;width:12px;height:12px;
 margin-right:5px;border-radius:2px}
 .shots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));gap:14px;align-items:start}
