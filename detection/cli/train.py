@@ -23,11 +23,10 @@ from detection.engine.errors import TRAINING_STOPPED, main_errors
 
 if TYPE_CHECKING:
     from detection.engine.loop import TrainResult
-    from detection.engine.lr_range import LrRange
 
 
 @main_errors(stopped=TRAINING_STOPPED)
-def main(argv: Sequence[str] | None = None) -> TrainResult | LrRange:
+def main(argv: Sequence[str] | None = None) -> TrainResult:
     arguments = list(sys.argv[1:] if argv is None else argv)
     finds_lr = "--find-lr" in arguments
     arguments = [argument for argument in arguments if argument != "--find-lr"]
@@ -43,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> TrainResult | LrRange:
     config: DetectionConfig = load_config(arguments, __doc__ or "", DetectionConfig, DetectionConfig.from_plain)
     config.validate()
     if finds_lr:
-        return _find_lr(config)
+        _find_lr(config)
+        raise SystemExit(0)
     with (
         open_runtime(config.train.device, config.train.num_threads) as runtime,
         open_run(config, runtime, DetectionConfig.from_plain) as run,
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> TrainResult | LrRange:
     return result
 
 
-def _find_lr(config: Any) -> LrRange:
+def _find_lr(config: Any) -> None:
     from detection.engine.lr_range import find_lr
     from detection.engine.runtime import open_runtime
     from detection.training.task import DetectionTask
@@ -70,7 +70,6 @@ def _find_lr(config: Any) -> LrRange:
     print(f"{len(found.losses)} steps, learning rates from {found.rates[0]:.2g} to {found.rates[-1]:.2g}, {end}")
     print(f"suggestion: --train.optim.lr {found.suggestion:.2g} (the recipe has {config.train.optim.lr:g})")
     print(f"written: {picture} and {data.name}")
-    return found
 
 
 if __name__ == "__main__":  # torchrun -m

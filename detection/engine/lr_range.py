@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,7 +121,14 @@ def find_lr(
     losses: list[float] = []
     lowest, average, diverged = math.inf, 0.0, False
     for number, batch in enumerate(
-        tqdm(_batches(task, steps), total=steps, desc="range test", unit="step", leave=False)
+        tqdm(
+            _batches(task, steps),
+            total=steps,
+            desc="range test",
+            unit="step",
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
     ):
         rate = low * (high / low) ** (number / max(steps - 1, 1))
         for group, scale in zip(optimizer.param_groups, scales, strict=True):

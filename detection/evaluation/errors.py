@@ -154,7 +154,7 @@ def split_errors(outcomes: Outcomes) -> ErrorSplit:
             own >= FOREGROUND,
             np.maximum(own, other) < BACKGROUND,
         ]
-        numbers = [KINDS.index(kind) for kind in ("localisation", "class", "duplicate", "background")]  # type: ignore[arg-type]
+        numbers = [KINDS.index(kind) for kind in ("localisation", "class", "duplicate", "background")]
         kinds[rows] = np.select(choices, numbers, KINDS.index("both"))
         if len(records):
             partners[rows] = np.select(choices[:3], [records[own_place], records[other_place], records[own_place]], -1)

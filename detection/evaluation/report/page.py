@@ -212,7 +212,7 @@ class Report:
 
     def _false_alarms(self, split: ErrorSplit, curves: Sequence[ThresholdCurve], images: DetectionDataset) -> str:
         table = self.outcomes.table
-        shots = []
+        shots: list[str] = []
         for row in np.flatnonzero(split.kinds >= 0).tolist():  # best first
             if len(shots) == _NUM_SHOTS:
                 break
@@ -235,7 +235,7 @@ class Report:
         rows = self.outcomes.matches.detections[0]
         seen = (rows >= 0) & (table.scores[rows] >= limits[table.labels[rows]] if len(table) else False)
         missed = np.flatnonzero(self.outcomes.matches.counted & ~seen)
-        shots = []
+        shots: list[str] = []
         for record in missed[np.argsort(-areas[missed], kind="stable")].tolist():
             if len(shots) == _NUM_SHOTS:
                 break
