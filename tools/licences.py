@@ -7,6 +7,7 @@ $ python tools/licences.py
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
 
 FORBIDDEN = re.compile(r"(A?GPL|(AFFERO )?GENERAL PUBLIC LICENSE)", re.IGNORECASE)
 LESSER = re.compile(r"LGPL|LESSER GENERAL PUBLIC", re.IGNORECASE)
@@ -29,7 +30,7 @@ def needed(root: str) -> dict[str, tuple[str, str]]:
             package = distribution(name)
         except PackageNotFoundError:  # for another system or Python
             continue
-        meta = package.metadata
+        meta: Any = package.metadata  # an email.message.Message, which typeshed does not say
         classifiers = [
             line.split(" :: ")[-1] for line in meta.get_all("Classifier") or () if line.startswith("License")
         ]

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train",
     "train-cls": "train_cls",
     "eval": "eval",
+    "report": "report",
     "video": "video",
     "check": "check",
     "inspect": "inspect",

@@ -48,8 +48,9 @@ class DemoConfig:
     """Video to write: the source with boxes, classes, scores and the frame rate drawn on it, at the source's rate and size."""
     json: Path | None = None
     """Detections to write, one line of JSON for each frame."""
-    score: float = 0.4
-    """Detections below this score are left out."""
+    score: float | None = None
+    """Detections below this score are left out. None: below the best threshold of their class where the checkpoint has
+    them (litedet eval --write-thresholds), else below 0.4."""
     show: bool = False
     """Show the video in a window while it is made."""
     device: str = "auto"
@@ -61,7 +62,7 @@ class DemoConfig:
         """Raises UserError for values that make no sense, alone or together."""
         if self.out is None and self.json is None and not self.show:
             raise UserError("nothing would come of it: give --out VIDEO.mp4, --json FILE.jsonl or --show")
-        if not 0 <= self.score <= 1:
+        if self.score is not None and not 0 <= self.score <= 1:
             raise UserError(f"--score {self.score}: a score lies between 0 and 1")
         if self.max_frames is not None and self.max_frames < 1:
             raise UserError(f"--max-frames {self.max_frames}: must be at least 1")
@@ -123,7 +124,9 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
         reader = stack.enter_context(FrameReader(config.source))
         if config.show:
             stack.callback(_open_window())
-        detector = load_detector(config.checkpoint, device=config.device, score_threshold=config.score)
+        detector = load_detector(
+            config.checkpoint, device=config.device, score_threshold=config.score, default_score=0.4
+        )
         video = stack.enter_context(VideoWriter(config.out, reader.size, reader.rate)) if config.out else None
         lines = None
         if config.json:

@@ -48,6 +48,7 @@ class Reading:
         num_images: images of all processes.
         seconds: how long the window took.
         wait_seconds: how much of it this process waited for data.
+        gradient_norm: mean L2 norm before clipping over the window's steps; None where gradients are not clipped.
     """
 
     losses: dict[str, float]
@@ -55,6 +56,7 @@ class Reading:
     num_images: int
     seconds: float
     wait_seconds: float
+    gradient_norm: float | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """The fields, fit for a checkpoint."""
@@ -72,6 +74,7 @@ class Reading:
     def mean(readings: "list[Reading]") -> "Reading":
         """Several windows as one."""
         num_batches = sum(reading.num_batches for reading in readings)
+        norms = [reading.gradient_norm for reading in readings if reading.gradient_norm is not None]
         return Reading(
             losses={
                 name: sum(reading.losses[name] * reading.num_batches for reading in readings) / max(num_batches, 1)
@@ -81,6 +84,7 @@ class Reading:
             num_images=sum(reading.num_images for reading in readings),
             seconds=sum(reading.seconds for reading in readings),
             wait_seconds=sum(reading.wait_seconds for reading in readings),
+            gradient_norm=sum(norms) / len(norms) if norms else None,
         )
 
 
@@ -91,6 +95,7 @@ class Meter:
         self._runtime = runtime
         self._names: list[str] = []
         self._sums: Tensor | None = None
+        self._norms: Tensor | None = None  # [2]: sum and number of the finite gradient norms
         self._num_images = 0
         self._wait_seconds = 0.0
         self._start = time.perf_counter()
@@ -106,6 +111,12 @@ class Meter:
         self._num_images += num_images
         self._wait_seconds += wait_seconds
 
+    def add_norm(self, norm: Tensor) -> None:
+        """Takes in the gradient norm (a scalar on the device) of one step; one that is not finite does not count."""
+        finite = norm.detach().isfinite()
+        pair = torch.stack([torch.where(finite, norm.detach(), 0), finite]).float()
+        self._norms = pair if self._norms is None else self._norms + pair
+
     def state(self) -> dict[str, Any] | None:
         """What is summed since the last reading, over all processes, fit for a checkpoint; None for nothing.
 
@@ -117,6 +128,7 @@ class Meter:
         return {
             "names": self._names,
             "sums": sums.cpu(),
+            "norms": None if self._norms is None else self._norms.cpu(),  # the same in all processes
             "num_images": self._num_images * self._runtime.world_size,
             "seconds": time.perf_counter() - self._start,
             "wait_seconds": self._wait_seconds,
@@ -128,6 +140,7 @@ class Meter:
         share = world_size if self._runtime.is_main else 0  # the sum is there once, whoever holds it
         self._names = list(state["names"])
         self._sums = state["sums"].to(self._runtime.device) * share
+        self._norms = None if state["norms"] is None else state["norms"].to(self._runtime.device)
         self._num_images = state["num_images"] // world_size
         self._wait_seconds = state["wait_seconds"]
         self._start = time.perf_counter() - state["seconds"]
@@ -135,7 +148,12 @@ class Meter:
     def read(self) -> Reading:
         """The means since the last reading. Every process has to call it after the same number of batches."""
         assert self._sums is not None, "read() before add()"
-        sums = self._runtime.sum_over_processes(self._sums).tolist()
+        values = self._sums if self._norms is None else torch.cat([self._sums, self._norms.to(self._sums)])
+        sums = self._runtime.sum_over_processes(values).tolist()
+        norm = None
+        if self._norms is not None:
+            number, norm = sums.pop(), sums.pop()
+            norm = norm / number if number else None
         now = time.perf_counter()
         *sums, count = sums
         reading = Reading(
@@ -144,8 +162,9 @@ class Meter:
             num_images=self._num_images * self._runtime.world_size,
             seconds=now - self._start,
             wait_seconds=self._wait_seconds,
+            gradient_norm=norm,
         )
-        self._sums, self._num_images, self._wait_seconds, self._start = None, 0, 0.0, now
+        self._sums, self._norms, self._num_images, self._wait_seconds, self._start = None, None, 0, 0.0, now
         return reading
 
 
@@ -227,6 +246,8 @@ class RunLog:
             self.writer.add_scalar(f"train/{name}", value, step)
         for name, value in learning_rates.items():
             self.writer.add_scalar(f"lr/{name}", value, step)
+        if reading.gradient_norm is not None:
+            self.writer.add_scalar("train/gradient_norm", reading.gradient_norm, step)
         self.writer.add_scalar("speed/images_per_second", reading.images_per_second, step)
         self.writer.add_scalar("speed/data_wait_share", reading.wait_share, step)
 
@@ -308,6 +329,7 @@ def epoch_record(
         "losses": reading.losses,
         "images_per_second": round(reading.images_per_second, 2),
         "data_wait_share": round(reading.wait_share, 4),
+        **({} if reading.gradient_norm is None else {"gradient_norm": reading.gradient_norm}),
         "seconds": round(seconds, 2),
         "metrics": metrics,
         "best": is_best,

@@ -444,7 +444,7 @@ class _Loop:
             state.batch += 1
             if not completes_group:
                 continue
-            self._update()
+            self._update(meter)
             log.advance()
             if state.step % config.log_every == 0 or state.batch == self.num_batches:
                 self._read(meter, log)
@@ -468,14 +468,16 @@ class _Loop:
         meter.add(losses, len(batch), wait_seconds)
         return completes_group
 
-    def _update(self) -> None:
+    def _update(self, meter: Meter) -> None:
         """A step of the optimiser and all that follows it."""
         state, optimizer = self.state, self.state.optimizer
         if self.config.optim.clip_norm is not None:
             state.scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
+            meter.add_norm(norm)
         elif not state.scaler.is_enabled():
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+            meter.add_norm(norm)
         if state.scaler.is_enabled():
             self.guard.end_step(None)
         else:  # the fused optimisers leave out a step by this flag, which GradScaler sets itself

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
         importlib.import_module("torch.distributed.nn.functional")
         if chosen.type == "cuda":
             dist.init_process_group("nccl", device_id=chosen)
-            host_group = dist.new_group(backend="gloo")
+            host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         else:
             dist.init_process_group("gloo")
     try:

@@ -6,6 +6,7 @@ detector = load_detector("runs/detector/best.pt")
 detections = detector(image)  # the path of an image, an RGB array, a PIL image, a tensor; or a list of these
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,8 @@ class Predictor:
 
     Args:
         runner: computes raw predictions: of ``build_runner``, an exported file, or any function.
-        info: what travels with the weights: how images are placed, what the predictions mean, the names.
+        info: what travels with the weights: how images are placed, what the predictions mean, the names. Where it has
+            thresholds, detections below that of their class are dropped.
 
     Attributes:
         runner, info: as given.
@@ -84,7 +86,11 @@ class Predictor:
         sizes = torch.tensor([array.shape[:2] for array in arrays])
         with torch.inference_mode(), threads_for(self.runner):
             raw = run_in_parts(self.runner, pixels.to(self.device, non_blocking=True))
-            return self.postprocess(raw, placements, sizes)
+            found = self.postprocess(raw, placements, sizes)
+        if not self.info.thresholds:
+            return found
+        limits = torch.tensor(self.info.thresholds, dtype=torch.float64)
+        return [one.above(limits) for one in found]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.runner, self.info)
@@ -94,11 +100,12 @@ def load_detector(
     path: str | Path,
     *,
     device: DeviceChoice = "auto",
-    score_threshold: float = 0.25,
+    score_threshold: float | None = None,
     nms_threshold: float | None = None,
     input_size: int | tuple[int, int] | None = None,
     backend: Backend = "torch",
     amp: Amp = "off",
+    default_score: float = 0.25,
 ) -> Predictor:
     """The detector of a file, ready to use.
 
@@ -106,18 +113,26 @@ def load_detector(
         path: a training's ``best.pt``, a detector's ``.safetensors``, or a published name, which is downloaded once:
             ``load_detector("ssdlite_mobilenet_v2_coco")``.
         device: "auto", "cpu", "cuda", "cuda:1", "mps" or a ``torch.device``; see ``choose_device``.
-        score_threshold: detections below it are dropped.
+        score_threshold: detections below it are dropped. None: below the best threshold of their class where the file has
+            them (``litedet eval --write-thresholds``), else below ``default_score``.
         nms_threshold: None takes the one in the file.
         input_size: (height, width) of the network's input, or one number for both; None takes the one it was trained at.
         backend: what runs the network. "torch" needs nothing, "compile" a C++ compiler and time at the first call; on a CPU
             it is no quicker. "onnxruntime" and "openvino" are for CPUs and need ``pip install 'litedet[export]'``.
         amp: number format of the convolutions: "off" is float32, "fp16" half precision (GPUs), "bf16" bfloat16.
+        default_score: see ``score_threshold``.
 
     Raises:
         FileNotFoundError, UserError: see ``read_detector``; CUDA asked for where there is none; see ``build_runner``.
     """
     chosen = choose_device(device)
     model, info = read_detector(locate(path), None if input_size is None else _size(input_size))
+    if score_threshold is not None:
+        info.thresholds = ()
+    elif info.thresholds:  # just below the lowest: detections at a threshold stay
+        score_threshold = max(0.0, math.nextafter(min(info.thresholds), 0))
+    else:
+        score_threshold = default_score
     postprocess = replace(info.postprocess, score_threshold=score_threshold)
     if nms_threshold is not None:
         postprocess.nms_threshold = nms_threshold

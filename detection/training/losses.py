@@ -86,13 +86,18 @@ class TrainingStep(nn.Module):
         self.distillation = distillation
 
     def forward(self, images: Tensor, boxes: Tensor, labels: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """uint8 images [B, 3, H, W] and the fields of ``Target`` -> scalar losses; ``loss`` is the one to minimise."""
+        """uint8 images [B, 3, H, W] and the fields of ``Target`` -> scalar losses; ``loss`` is the one to minimise.
+
+        ``positives_per_object`` is for the log: matched anchors for each object of the batch.
+        """
         raw = self.model(images)
         losses: dict[str, Tensor] = self.loss(raw, Target(boxes, labels, valid))
-        if self.distillation is None:
-            return losses
-        more = self.distillation(images, raw)
-        return {**losses, **more, "loss": losses["loss"] + sum(more.values())}
+        if self.distillation is not None:
+            more = self.distillation(images, raw)
+            losses = {**losses, **more, "loss": losses["loss"] + sum(more.values())}
+        # of the batch of one process: few of these mean an assigner that does not fit the data
+        losses["positives_per_object"] = losses["positives"] * len(images) / valid.sum().clamp(min=1)
+        return losses
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from backbones.weights.native import check_statistics
 from detection.data.augment import EvalTransform, TrainTransform
 from detection.data.coco import CocoIndex
 from detection.data.dataset import DetectionDataset, check_images
-from detection.data.loader import build_loader
+from detection.data.loader import build_loader, collate
 from detection.data.summary import describe
 from detection.engine.loop import TrainConfig
 from detection.engine.runtime import Runtime, seed_everything
@@ -86,6 +86,7 @@ class DetectionTask:
         self.num_train = len(self.train_index)
         self.lr_scales: Mapping[str, float] = {"backbone.": config.backbone_lr_scale}
         self.postprocess = build_postprocess(self.model.config, config.postprocess, names)
+        self._shown: Batch | None = None
         self._train_loader = self._build_train_loader()
         self._val_loader = self._build_val_loader()
         _require_files(self.train_index, self._train_images, config.train, "training")
@@ -163,7 +164,9 @@ class DetectionTask:
         return {"detector": info.to_plain()}
 
     def log_images(self, writer: SummaryWriter, step: int, batch: Batch, model: nn.Module) -> None:
-        """Training images with the boxes they teach, and what the network finds in them now."""
+        """Training images with the boxes they teach, the same validation images each time with truth beside what is found,
+        and a histogram of the scores of the last evaluation."""
+        self._log_validation(writer, step, model)
         shown = slice(0, _NUM_IMAGES)
         images = batch.images[shown].permute(0, 2, 3, 1).cpu().numpy()
         names = self.train_index.class_names
@@ -183,6 +186,37 @@ class DetectionTask:
         found = [d.above(_SHOWN_SCORE) for d in self.postprocess(raw, placements, sizes)]
         drawn = [draw_detections(np.ascontiguousarray(image), d) for image, d in zip(images, found, strict=True)]
         writer.add_image("training/predictions", image_grid(drawn), step, dataformats="HWC")
+
+    def _log_validation(self, writer: SummaryWriter, step: int, model: nn.Module) -> None:
+        if self._shown is None:
+            self._shown = self._validation_batch()
+        shown, names = self._shown, self.train_index.class_names
+        if len(shown):
+            images = shown.images.permute(0, 2, 3, 1).numpy()
+            with torch.inference_mode():
+                raw = model(shown.images.to(self.runtime.device))
+            height, width = shown.images.shape[-2:]
+            placements = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).expand(len(images), 4)
+            found = self.postprocess(raw, placements, torch.tensor([[height, width]]).expand(len(images), 2))
+            drawn = []
+            for image, boxes, labels, valid, one in zip(
+                images, shown.boxes, shown.labels, shown.valid, found, strict=True
+            ):
+                pixels = np.ascontiguousarray(image)
+                drawn.append(draw_target(pixels, boxes[valid].numpy(), labels[valid].numpy(), names))
+                drawn.append(draw_detections(pixels, one.above(_SHOWN_SCORE)))
+            writer.add_image("validation/truth_and_found", image_grid(drawn, columns=4), step, dataformats="HWC")
+        if len(self._evaluator.table):
+            writer.add_histogram("validation/scores", self._evaluator.table.scores, step)
+
+    def _validation_batch(self) -> Batch:
+        """Some validation images with objects, evenly picked; those that cannot be read are left out."""
+        index, model = self.val_index, self.config.model
+        having = np.flatnonzero(np.diff(index.offsets) > 0)
+        picked = having[np.linspace(0, len(having) - 1, min(_NUM_IMAGES, len(having))).astype(np.int64)]
+        transform = EvalTransform(model.input_size, resize_mode=model.resize, fill=self.model.config.fill)
+        dataset = self._dataset(index.select(picked), self._val_images, transform)
+        return collate([dataset[0, place] for place in range(len(picked))])
 
 
 def build_model(
