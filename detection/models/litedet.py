@@ -125,6 +125,10 @@ class LiteDetHead(nn.Module):
         self.box = nn.ModuleList(nn.Conv2d(spec.channels, code_size, 1) for spec in specs)
         self.classes = nn.ModuleList(nn.Conv2d(spec.channels, num_columns, 1) for spec in specs)
 
+    def class_outputs(self) -> list[nn.Conv2d]:
+        """The convolution of each map that makes the class logits."""
+        return [layer for layer in self.classes if isinstance(layer, nn.Conv2d)]
+
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Maps [B, C_k, H_k, W_k] -> box codes [B, A, D], class logits [B, A, C]."""
         found = [shared(x) for shared, x in zip(self.shared, maps, strict=True)]
@@ -204,7 +208,7 @@ class LiteDet(Detector):
         )
 
     def class_tensors(self) -> frozenset[str]:
-        return names_of_parameters(self, [layer for head in self._heads() for layer in head.classes])
+        return names_of_parameters(self, [layer for head in self._heads() for layer in head.class_outputs()])
 
     def parts(self) -> Mapping[str, nn.Module]:
         parts = {**dict(self.backbone.named_children()), "neck": self.neck, "head": self.head}
