@@ -15,6 +15,7 @@ COMMANDS = {
     "train-cls": "train_cls",
     "eval": "eval",
     "video": "video",
+    "export": "export",
     "convert": "convert",
     "convert-weights": "convert_weights",
     "benchmark": "benchmark",

@@ -18,9 +18,11 @@ from backbones.errors import UserError
 from detection.engine.runtime import DeviceChoice, choose_device
 from detection.images.decode import read_image
 from detection.images.place import place
+from detection.evaluation.run import Postprocessing
+from detection.inference.exported import FilePostprocess, is_exported, open_exported
 from detection.inference.inputs import Image, to_array
 from detection.inference.runners import Amp, Backend, build_runner, threads_for
-from detection.postprocess import build_postprocess
+from detection.postprocess import PostprocessConfig, build_postprocess
 from detection.structures import Detections, Runner, device_of, run_in_parts
 from detection.weights.hub import locate
 from detection.weights.info import DetectorInfo
@@ -38,6 +40,7 @@ class Predictor:
     Args:
         runner: computes raw predictions: of ``build_runner``, an exported file, or any function.
         info: what travels with the weights: how images are placed, what the predictions mean, the names.
+        postprocess: raw predictions -> detections; None: the one that fits ``info``.
 
     Attributes:
         runner, info: as given.
@@ -46,12 +49,13 @@ class Predictor:
         postprocess: raw predictions -> detections.
     """
 
-    def __init__(self, runner: Runner, info: DetectorInfo) -> None:
+    def __init__(self, runner: Runner, info: DetectorInfo, postprocess: Postprocessing | None = None) -> None:
         self.runner = runner
         self.info = info
         self.class_names = info.class_names
         self.device = device_of(runner)
-        self.postprocess = build_postprocess(info.model, info.postprocess, info.class_names)
+        self._given = postprocess
+        self.postprocess = postprocess or build_postprocess(info.model, info.postprocess, info.class_names)
 
     @overload
     def __call__(self, images: list[Image] | tuple[Image, ...]) -> list[Detections]: ...
@@ -87,14 +91,14 @@ class Predictor:
             return self.postprocess(raw, placements, sizes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.runner, self.info)
+        return type(self), (self.runner, self.info, self._given)
 
 
 def load_detector(
     path: str | Path,
     *,
     device: DeviceChoice = "auto",
-    score_threshold: float = 0.25,
+    score_threshold: float | None = 0.25,
     nms_threshold: float | None = None,
     input_size: int | tuple[int, int] | None = None,
     backend: Backend = "torch",
@@ -103,25 +107,63 @@ def load_detector(
     """The detector of a file, ready to use.
 
     Args:
-        path: a training's ``best.pt``, a detector's ``.safetensors``, or a published name, which is downloaded once:
+        path: a training's ``best.pt``, a detector's ``.safetensors``, a file of ``litedet export`` (``.onnx``, ``.xml``,
+            ``.tflite``, ``.pt2``), or a published name, which is downloaded once:
             ``load_detector("ssdlite_mobilenet_v2_coco")``.
         device: "auto", "cpu", "cuda", "cuda:1", "mps" or a ``torch.device``; see ``choose_device``.
-        score_threshold: detections below it are dropped.
+        score_threshold: detections below it are dropped; None takes the one in the file.
         nms_threshold: None takes the one in the file.
         input_size: (height, width) of the network's input, or one number for both; None takes the one it was trained at.
         backend: what runs the network. "torch" needs nothing, "compile" a C++ compiler and time at the first call; on a CPU
-            it is no quicker. "onnxruntime" and "openvino" are for CPUs and need ``pip install 'litedet[export]'``.
+            it is no quicker. "onnxruntime" and "openvino" are for CPUs and need ``pip install 'litedet[export]'``. An
+            exported file is run by its own library; "openvino" runs an ONNX file too.
         amp: number format of the convolutions: "off" is float32, "fp16" half precision (GPUs), "bf16" bfloat16.
 
     Raises:
-        FileNotFoundError, UserError: see ``read_detector``; CUDA asked for where there is none; see ``build_runner``.
+        FileNotFoundError, UserError: see ``read_detector``; CUDA asked for where there is none; see ``build_runner`` and
+            ``open_exported``.
     """
-    chosen = choose_device(device)
+    chosen = choose_device("cpu" if is_exported(path) and device == "auto" else device)
+    if is_exported(path):
+        return _load_exported(path, chosen, score_threshold, nms_threshold, input_size, backend, amp)
     model, info = read_detector(locate(path), None if input_size is None else _size(input_size))
-    postprocess = replace(info.postprocess, score_threshold=score_threshold)
-    if nms_threshold is not None:
-        postprocess.nms_threshold = nms_threshold
+    postprocess = _thresholds(info.postprocess, score_threshold, nms_threshold)
     return Predictor(build_runner(model, backend, chosen, amp), replace(info, postprocess=postprocess))
+
+
+def _thresholds(own: PostprocessConfig, score: float | None, nms: float | None) -> PostprocessConfig:
+    return replace(
+        own,
+        score_threshold=own.score_threshold if score is None else score,
+        nms_threshold=own.nms_threshold if nms is None else nms,
+    )
+
+
+def _load_exported(
+    path: str | Path,
+    device: torch.device,
+    score_threshold: float | None,
+    nms_threshold: float | None,
+    input_size: object,
+    backend: Backend,
+    amp: Amp,
+) -> Predictor:
+    if input_size is not None:
+        raise UserError(f"{path}: an exported file has one input size; export the checkpoint with another one")
+    if device.type != "cpu" or amp != "off":
+        raise UserError(f"{path}: an exported file runs on the CPU in the numbers that it was exported with")
+    opened = open_exported(path, backend=None if backend == "torch" else backend)
+    info = opened.record.info
+    own = info.postprocess
+    if opened.record.outputs == "raw":
+        info = replace(info, postprocess=_thresholds(own, score_threshold, nms_threshold))
+        return Predictor(opened.runner, info)
+    if nms_threshold is not None and nms_threshold != own.nms_threshold:
+        raise UserError(
+            f"{path} suppresses boxes itself, at IoU {own.nms_threshold:g}; leave nms_threshold out, or export with --raw"
+        )
+    info = replace(info, postprocess=_thresholds(own, score_threshold, None))
+    return Predictor(opened.runner, info, FilePostprocess(info.postprocess.score_threshold, info.class_names))
 
 
 def _size(given: Any) -> tuple[int, int]:

@@ -1,0 +1,3 @@
+PACKAGES = ("litert-torch",)
+def variants(model, options):
+    yield from ()
