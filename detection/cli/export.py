@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from backbones.errors import UserError
 from detection.cli.outputs import refuse_overwrites
 from detection.engine.errors import main_errors
 
@@ -26,14 +28,17 @@ if TYPE_CHECKING:  # what loads torch is imported when the command line is parse
 class ExportConfig:
     checkpoint: tyro.conf.Positional[Path]
     """A training's best.pt, a detector's .safetensors, or a published name."""
-    to: Literal["onnx", "openvino", "litert", "torch"]
-    """The format. onnx and openvino need pip install 'litedet[export]', litert pip install 'litedet[litert]'."""
+    to: Literal["onnx", "openvino", "litert", "torch", "bundle"]
+    """The format. onnx and openvino need pip install 'litedet[export]', litert pip install 'litedet[litert]'. bundle: a folder
+    with a model, its labels and a detect.py that needs no torch."""
     out: Path
-    """The file to write: .onnx, .xml (with a .bin beside it), .tflite or .pt2."""
+    """The file to write: .onnx, .xml (with a .bin beside it), .tflite or .pt2; of a bundle the folder, which must not exist."""
     images: Path
     """Folder with images that the file is run on before it gets its name; with --annotations the folder of its file names."""
     annotations: Path | None = None
     """A COCO json: AP of the checkpoint and of the file are measured on it, and the drop is printed. None: no AP."""
+    bundled: Literal["onnx", "litert"] = "onnx"
+    """With --to bundle: the format of the model in it."""
     raw: bool = False
     """Stop at the raw heads (box codes and class logits). Otherwise the file decodes, suppresses and gives detections."""
     int8: bool = False
@@ -73,11 +78,33 @@ def main(argv: Sequence[str] | None = None) -> ExportResult:
         },
         {"--out": config.out},
     )
+    if config.to == "bundle":
+        return _bundle(config)
+    return _export(config, config.out)
+
+
+def _export(config: ExportConfig, out: Path) -> ExportResult:
     from detection.export.run import ExportJob, export
 
-    job = ExportJob(**{name: getattr(config, name) for name in ExportConfig.__dataclass_fields__})
-    result = export(job)
+    given = {name: getattr(config, name) for name in ExportConfig.__dataclass_fields__ if name != "bundled"}
+    to = config.bundled if config.to == "bundle" else config.to
+    result = export(ExportJob(**{**given, "to": to, "out": out}))
     print(summary(result))
+    return result
+
+
+def _bundle(config: ExportConfig) -> ExportResult:
+    from detection.export.bundle import write_bundle
+
+    if config.raw:
+        raise UserError("--to bundle reads detections; leave --raw out")
+    if config.out.exists():  # said before the minutes that an export takes
+        raise UserError(f"{config.out} exists; name a folder that does not, or remove it first")
+    with tempfile.TemporaryDirectory() as folder:
+        result = _export(config, Path(folder, "model.onnx" if config.bundled == "onnx" else "model.tflite"))
+        names = write_bundle(result.path, config.out)
+    print(f"bundle: {config.out} ({', '.join(names)})")
+    print(f"on the device: pip install -r {config.out}/requirements.txt; python {config.out}/detect.py IMAGE")
     return result
 
 

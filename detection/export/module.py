@@ -134,5 +134,3 @@ class Decoded(nn.Module):
         """uint8 [B, 3, H, W] -> boxes [B, A, 4], xyxy in pixels of the input, scores [B, A, K]."""
         codes, class_logits = self.heads(images)
         return self.coder.decode(codes, self.heads.model.anchors), self.scores(class_logits)
-
-

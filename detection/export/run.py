@@ -80,7 +80,9 @@ class ExportJob:
             ending = next(suffix for suffix, kind in SUFFIXES.items() if kind == self.to)
             raise UserError(f"--out {self.out}: a file of the format {self.to} ends in {ending}")
         if self.int8 and self.calibration is None:
-            raise UserError("--int8 needs --calibration FOLDER: images like those it will see, and not those of --images")
+            raise UserError(
+                "--int8 needs --calibration FOLDER: images like those it will see, and not those of --images"
+            )
         if self.calibration is not None and not self.int8:
             raise UserError("--calibration is for --int8; add that, or leave the folder out")
         if self.int8 and self.fp16:
@@ -210,7 +212,9 @@ def export(job: ExportJob, say: Callable[[str], None] = print) -> ExportResult:
                 f"--to {job.to} needs the package {error.name}, which is not installed; pip install 'litedet[{extra}]'"
             ) from error
         if best is None:
-            raise UserError(f"no variant matches the checkpoint; {job.out} is not written. {_reasons(tried, precision)}")
+            raise UserError(
+                f"no variant matches the checkpoint; {job.out} is not written. {_reasons(tried, precision)}"
+            )
         chosen, artefact = best
         drop = None if chosen.ap is None or record.measured.ap_torch is None else record.measured.ap_torch - chosen.ap
         if drop is not None and drop > job.max_drop:

@@ -93,7 +93,9 @@ class Difference:
             if value is not None and bound is not None and not value <= bound:
                 return f"{what} differ by {value:.3g}, allowed is {bound:g}"
         if self.sure and self.found < bounds.found * self.sure:
-            return f"it finds {self.found} of the {self.sure} objects that torch is sure of, wanted is {bounds.found:.0%}"
+            return (
+                f"it finds {self.found} of the {self.sure} objects that torch is sure of, wanted is {bounds.found:.0%}"
+            )
         return None
 
     def __str__(self) -> str:
@@ -122,7 +124,9 @@ def compare(predictor: Predictor, reference: Predictor, images: NDArray[np.uint8
         ours = run_in_parts(reference.runner, pixels)
         with threads_for(predictor.runner):
             theirs = run_in_parts(predictor.runner, pixels)
-        wanted, found = (one.postprocess(raw, placements, sizes) for one, raw in ((reference, ours), (predictor, theirs)))
+        wanted, found = (
+            one.postprocess(raw, placements, sizes) for one, raw in ((reference, ours), (predictor, theirs))
+        )
     raw = theirs.codes.shape == ours.codes.shape and theirs.class_logits.shape == ours.class_logits.shape
     pairs = [_pairs(one, other) for one, other in zip(wanted, found, strict=True)]
     return Difference(
@@ -216,7 +220,9 @@ def processor_name() -> str:
     information = Path("/proc/cpuinfo")
     if information.exists():
         fields = dict(
-            (part.strip() for part in line.split(":", 1)) for line in information.read_text().splitlines() if ":" in line
+            (part.strip() for part in line.split(":", 1))
+            for line in information.read_text().splitlines()
+            if ":" in line
         )
         name = fields.get("model name", name)
         has = set(fields.get("flags", "").split())

@@ -204,7 +204,9 @@ def _open_litert(path: Path, _: bool) -> Exported:
     with contextlib.suppress(zipfile.BadZipFile, KeyError), zipfile.ZipFile(path) as archive:
         text = archive.read(RECORD_NAME)
     record = _record_of(text, path)
-    return Exported(runner=LiteRTRunner(path.read_bytes(), _anchors(record), record.info.model.input_size), record=record)
+    return Exported(
+        runner=LiteRTRunner(path.read_bytes(), _anchors(record), record.info.model.input_size), record=record
+    )
 
 
 def _open_torch(path: Path, _: bool) -> Exported:
@@ -248,9 +250,7 @@ class FilePostprocess:
         """
         found = []
         limits = original_sizes.float().flip(-1)
-        for boxes, rows, placement, limit in zip(
-            raw.codes, raw.class_logits, placements.float(), limits, strict=True
-        ):
+        for boxes, rows, placement, limit in zip(raw.codes, raw.class_logits, placements.float(), limits, strict=True):
             boxes = to_image(boxes, placement).unflatten(-1, (2, 2)).clamp(min=0).minimum(limit).flatten(-2)
             keep = (rows[:, 0] > self.score_threshold) & (boxes[:, 2:] > boxes[:, :2]).all(-1)
             order = rows[keep, 0].argsort(descending=True, stable=True)

@@ -16,9 +16,9 @@ import torch
 
 from backbones.errors import UserError
 from detection.engine.runtime import DeviceChoice, choose_device
+from detection.evaluation.run import Postprocessing
 from detection.images.decode import read_image
 from detection.images.place import place
-from detection.evaluation.run import Postprocessing
 from detection.inference.exported import FilePostprocess, is_exported, open_exported
 from detection.inference.inputs import Image, to_array
 from detection.inference.runners import Amp, Backend, build_runner, threads_for
