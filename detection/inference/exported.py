@@ -52,7 +52,7 @@ class Measured:
         num_images: how many images that were.
         annotations: name of the annotation file.
         processor: what ran it: an int8 file may give other results on another one.
-        milliseconds: median time of the network and what is inside of the file for one image, one thread.
+        milliseconds: shortest time of one image through the file.
     """
 
     ap: float | None = None

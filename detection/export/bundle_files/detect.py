@@ -40,7 +40,7 @@ class Detector:
         height, width = image.shape[:2]
         boxes = (rows[:, :4] - [left, top, left, top]) / [scale_x, scale_y, scale_x, scale_y]
         boxes = np.clip(boxes, 0, [width, height, width, height])
-        found = [(*box, float(row[4]), self.names[int(row[5])]) for box, row in zip(boxes.tolist(), rows)]
+        found = [(*box, float(row[4]), self.names[int(row[5])]) for box, row in zip(boxes.tolist(), rows, strict=True)]
         return [one for one in found if one[2] > one[0] and one[3] > one[1]]
 
 
