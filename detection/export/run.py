@@ -163,6 +163,9 @@ def export(job: ExportJob, say: Callable[[str], None] = print) -> ExportResult:
             max_detections=job.max_detections,
         )
         inside.validate()
+    twin = Predictor(
+        reference.runner, replace(info, postprocess=inside)
+    )  # what the file is to say, threshold for threshold
     options = ExportOptions(raw=job.raw, int8=job.int8, fp16=job.fp16, postprocess=inside)
     if job.calibration is not None:
         files = spread(image_files(job.calibration), job.num_calibration)
@@ -196,7 +199,7 @@ def export(job: ExportJob, say: Callable[[str], None] = print) -> ExportResult:
             for variant in exporter(model, options):
                 artefact = variant.make()
                 artefact.write(staged, replace(record, variant=variant.name))
-                one = _run(variant.name, staged, reference, images, evaluation)
+                one = _run(variant.name, staged, twin, images, evaluation)
                 tried.append(one)
                 say(_line(one, record.measured.ap_torch))
                 broken = one.difference.broken(BOUNDS[precision])
@@ -231,13 +234,11 @@ def export(job: ExportJob, say: Callable[[str], None] = print) -> ExportResult:
     return ExportResult(path=job.out, record=record, tried=tried, chosen=chosen, ap_torch=record.measured.ap_torch)
 
 
-def _run(
-    name: str, path: Path, reference: Predictor, images: NDArray[np.uint8], evaluation: Evaluation | None
-) -> Tried:
+def _run(name: str, path: Path, twin: Predictor, images: NDArray[np.uint8], evaluation: Evaluation | None) -> Tried:
     detector = load_detector(path, score_threshold=None)
     return Tried(
         name=name,
-        difference=compare(detector, reference, images),
+        difference=compare(detector, twin, images),
         ap=None if evaluation is None else evaluation.ap(detector),
         size=sum(file.stat().st_size for file in _files(path)),
         milliseconds=milliseconds(detector, images),
