@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -194,7 +195,7 @@ def with_operator(content: bytes, tail: OperatorTail, num_classes: int, postproc
     from ai_edge_litert.tools import flatbuffer_utils
     from flatbuffers import flexbuffers
 
-    model = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
+    model = _read(content)
     graph = model.subgraphs[0]
 
     def buffer(data: bytes | None) -> int:
@@ -261,12 +262,23 @@ def with_operator(content: bytes, tail: OperatorTail, num_classes: int, postproc
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
 
 
+def _read(content: bytes) -> Any:
+    """The flatbuffer as objects. The quantiser writes weights behind the flatbuffer; they come to lie in it."""
+    from ai_edge_litert.tools import flatbuffer_utils
+
+    model = flatbuffer_utils.read_model_from_bytearray(bytearray(content))
+    for buffer in model.buffers:
+        if isinstance(buffer.data, bytes | bytearray | memoryview):
+            buffer.data = np.frombuffer(buffer.data, np.uint8)  # anything else is written byte by byte
+    return model
+
+
 def with_metadata(content: bytes, packed: bytes) -> bytes:
     """The flatbuffer with metadata in a buffer of its own."""
     from ai_edge_litert import schema_py_generated as schema
     from ai_edge_litert.tools import flatbuffer_utils
 
-    model = flatbuffer_utils.convert_bytearray_to_object(bytearray(content))
+    model = _read(content)
     buffer = schema.BufferT()
     buffer.data = np.frombuffer(packed, np.uint8)
     model.buffers.append(buffer)
@@ -283,8 +295,11 @@ def _quiet() -> Iterator[None]:
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
             warnings.simplefilter("ignore")
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            if not sys.stderr.isatty():  # its progress bars are for people
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             yield
     finally:
         log.setLevel(level)
