@@ -73,7 +73,7 @@ class OperatorTail(nn.Module):
             self.priors = torch.stack(unit, -1).float().numpy()
         else:
             self.scales = (1.0, 1.0, 1.0, 1.0)
-            self.priors = np.tile(np.float32([0, 0, 1, 1]), (len(self.anchors), 1))
+            self.priors = np.tile(np.array([0, 0, 1, 1], np.float32), (len(self.anchors), 1))
 
     def forward(self, codes: Tensor, class_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [B, A, D], class logits [B, A, C] -> codes in the operator's order (y, x, h, w) [B, A, 4], scores [B, A, K]."""

@@ -71,7 +71,7 @@ def suppress(boxes: Tensor, scores: Tensor, per_class: int, iou: float, threshol
 
 @suppress.register_fake
 def _(boxes: Tensor, scores: Tensor, per_class: int, iou: float, threshold: float) -> Tensor:
-    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), 3, dtype=torch.int64)  # type: ignore[call-overload, no-any-return]
+    return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), 3, dtype=torch.int64)
 
 
 class Tail(nn.Module):

@@ -93,13 +93,12 @@ def tail_onnx(model: Detector, postprocess: PostprocessConfig) -> bytes:
     from onnxscript import opset20 as op
 
     def nms(boxes: Any, scores: Any, per_class: int, iou: float, threshold: float) -> Any:
-        return op.NonMaxSuppression(
-            boxes,
-            scores,
+        limits: list[Any] = [
             op.Constant(value_ints=[per_class]),
             op.Constant(value_floats=[iou]),
             op.Constant(value_floats=[threshold]),
-        )
+        ]
+        return op.NonMaxSuppression(boxes, scores, *limits)
 
     tail = Tail(model, postprocess)
     with torch.no_grad():

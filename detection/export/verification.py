@@ -218,11 +218,8 @@ def processor_name() -> str:
     name, flags = platform.processor() or platform.machine(), ""
     information = Path("/proc/cpuinfo")
     if information.exists():
-        fields = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in information.read_text().splitlines()
-            if ":" in line
-        )
+        lines = [line.split(":", 1) for line in information.read_text().splitlines() if ":" in line]
+        fields = {key.strip(): value.strip() for key, value in lines}
         name = fields.get("model name", name)
         has = set(fields.get("flags", "").split())
         flags = " ".join(one for one in ("avx2", "avx512_vnni", "avx_vnni", "amx_int8") if one in has)

@@ -329,7 +329,7 @@ def _rows(outputs: list[NDArray[Any]], input_size: tuple[int, int]) -> NDArray[n
     height, width = input_size
     rows = np.zeros((1, boxes.shape[1], 6), np.float32)
     used = int(count[0])
-    rows[0, :used, :4] = boxes[0, :used][:, [1, 0, 3, 2]] * np.float32([width, height, width, height])
+    rows[0, :used, :4] = boxes[0, :used][:, [1, 0, 3, 2]] * np.array([width, height, width, height], np.float32)
     rows[0, :used, 4] = scores[0, :used]
     rows[0, :used, 5] = classes[0, :used]
     return rows

@@ -55,7 +55,9 @@ class Predictor:
         self.class_names = info.class_names
         self.device = device_of(runner)
         self._given = postprocess
-        self.postprocess = postprocess or build_postprocess(info.model, info.postprocess, info.class_names)
+        self.postprocess: Postprocessing = postprocess or build_postprocess(
+            info.model, info.postprocess, info.class_names
+        )
 
     @overload
     def __call__(self, images: list[Image] | tuple[Image, ...]) -> list[Detections]: ...
