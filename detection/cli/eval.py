@@ -40,7 +40,8 @@ if TYPE_CHECKING:  # what loads torch is imported when the command line is parse
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
     checkpoint: tyro.conf.Positional[Path | None] = None
-    """A training's best.pt, a detector's .safetensors, or a published name (litedet convert-weights --list)."""
+    """A training's best.pt, a detector's .safetensors, a file of litedet export (.onnx, .xml, .tflite, .pt2), or a published
+    name (litedet convert-weights --list)."""
     annotations: Path
     """A COCO json. Its classes are matched with the detector's by name; it may have fewer."""
     images: Path | None = None
@@ -193,24 +194,23 @@ def _measure_detector(config: EvalConfig) -> _Measured:
     from detection.data.coco import CocoIndex
     from detection.data.dataset import DetectionDataset
     from detection.data.loader import build_loader
-    from detection.engine.runtime import choose_device
     from detection.evaluation.coco_ap import CocoEvaluator
     from detection.evaluation.run import evaluate
-    from detection.inference.runners import build_runner
-    from detection.postprocess import build_postprocess
-    from detection.weights.hub import locate
-    from detection.weights.native import read_detector
+    from detection.inference.predictor import load_detector
 
     assert config.checkpoint is not None
     assert config.images is not None
-    device = choose_device(config.device)
-    model, info = read_detector(locate(config.checkpoint), config.input_size)
-    if config.score_threshold is not None:
-        info.postprocess.score_threshold = config.score_threshold
-    if config.nms_threshold is not None:
-        info.postprocess.nms_threshold = config.nms_threshold
-    postprocess = build_postprocess(info.model, info.postprocess, info.class_names)
-    runner = build_runner(model, config.runner, device, config.amp)
+    detector = load_detector(
+        config.checkpoint,
+        device=config.device,
+        score_threshold=config.score_threshold,
+        nms_threshold=config.nms_threshold,
+        input_size=config.input_size,
+        backend=config.runner,
+        amp=config.amp,
+        default_score=None,
+    )
+    info = detector.info
 
     index = CocoIndex.read(config.annotations)
     if config.classes:
@@ -222,10 +222,10 @@ def _measure_detector(config: EvalConfig) -> _Measured:
         DetectionDataset(index, config.images, transform, exif=config.exif, max_pixels=config.max_pixels),
         batch_size=config.batch_size,
         num_workers=config.workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=detector.device.type == "cuda",
     )
 
-    timing = evaluate(runner, loader, postprocess, evaluator, timing=True)
+    timing = evaluate(detector.runner, loader, detector.postprocess, evaluator, timing=True)
     result = evaluator.compute()
     if len(result.unreadable) == result.num_images:
         raise UserError(f"none of {result.num_images} images can be read; the first: {result.unreadable[0]}")

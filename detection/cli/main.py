@@ -19,6 +19,7 @@ COMMANDS = {
     "video": "video",
     "check": "check",
     "inspect": "inspect",
+    "export": "export",
     "convert": "convert",
     "convert-weights": "convert_weights",
     "benchmark": "benchmark",

@@ -41,7 +41,8 @@ _WINDOW = "LiteDet (q ends)"
 @dataclass(kw_only=True, slots=True)
 class DemoConfig:
     checkpoint: tyro.conf.Positional[Path]
-    """A training's best.pt, a detector's .safetensors, or a published name (ssdlite_mobilenet_v2_coco)."""
+    """A training's best.pt, a detector's .safetensors, a file of litedet export (.onnx, .xml, .tflite, .pt2), or a published
+    name (ssdlite_mobilenet_v2_coco)."""
     source: str
     """A video, an image, a folder of images, the number of a camera (0 is the first), or the URL of a stream."""
     out: Path | None = None
