@@ -33,7 +33,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> DetectionSet:
 
 def command(drawn: DetectionSet, run_dir: Path, *more: str) -> list[str]:
     return [
-        f"{ROOT}/configs/finetune.py:detector",
+        f"{ROOT}/configs/finetune.py:ssdlite",
         *("--data.train.annotations", str(drawn.train_annotations), "--data.train.images", str(drawn.train_images)),
         *("--data.val.annotations", str(drawn.val_annotations), "--data.val.images", str(drawn.val_images)),
         *("--run-dir", str(run_dir), "--data.workers", "0", "--model.backbone.width", "0.35"),
@@ -116,7 +116,7 @@ def test_mistakes_end_in_one_clear_line(
     drawn: DetectionSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    recipe = f"{ROOT}/configs/finetune.py:detector"
+    recipe = f"{ROOT}/configs/finetune.py:ssdlite"
     expect_error([recipe], "frozen_stages is 3 and there are no weights to start from: random layers", capsys)
     expect_error([recipe, "--weights", "FILE"], "no --data.train.annotations given", capsys)
     expect_error(command(drawn, run, "--weights", "nowhere.pt"), "nowhere.pt does not exist", capsys)
