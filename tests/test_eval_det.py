@@ -277,7 +277,11 @@ def test_report_thresholds_and_comparison_in_one_go(
     """Half of what is found of a class is the truth: its best threshold is the lowest score of that half."""
     plain = load_detector(scene.checkpoint, device="cpu", score_threshold=0.001)
     paths = sorted(scene.images.iterdir())
-    found = [(int(label), float(score)) for path in paths for label, score in zip(*_labels_and_scores(plain(path)))]
+    found = [
+        (int(label), float(score))
+        for path in paths
+        for label, score in zip(*_labels_and_scores(plain(path)), strict=True)
+    ]
     label = max(range(3), key=lambda k: sum(one == k for one, _ in found))
     scores = sorted((score for one, score in found if one == label), reverse=True)
     lowest = scores[len(scores) // 2]
@@ -305,7 +309,7 @@ def test_report_thresholds_and_comparison_in_one_go(
             assert info.thresholds[k] == 0.25
             assert f"{name}: no object of it was evaluated, 0.25 stays" in out
     detector = load_detector(tuned, device="cpu", default_score=0.99)
-    drawn = [pair for path in paths for pair in zip(*_labels_and_scores(detector(path)))]
+    drawn = [pair for path in paths for pair in zip(*_labels_and_scores(detector(path)), strict=True)]
     wanted = [(one, score) for one, score in found if score >= info.thresholds[one]]
     assert [one for one, _ in drawn] == [one for one, _ in wanted]
     assert 0 < len(wanted) < len(found)

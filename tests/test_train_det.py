@@ -65,7 +65,7 @@ def test_what_a_run_leaves(trained: TrainResult, drawn: DetectionSet) -> None:
     assert {"train/loss", "train/positives_per_object", "val/AP", "speed/data_wait_share"} <= set(tags["scalars"])
     assert any(tag.startswith("lr/") for tag in tags["scalars"])
     assert [event.step for event in events.Scalars("val/AP")] == [3, 6]  # 24 images by 8, two epochs
-    assert len(events.Images("validation/truth_and_found")) == 2
+    assert len(events.Images("validation/truth_and_found")) == 3  # and before the first step
     assert events.Histograms("validation/scores")[-1].histogram_value.max <= 1
     model, info = read_detector(trained.best_path)
     categories = json.loads(drawn.train_annotations.read_text())["categories"]

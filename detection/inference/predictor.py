@@ -6,7 +6,6 @@ detector = load_detector("runs/detector/best.pt")
 detections = detector(image)  # the path of an image, an RGB array, a PIL image, a tensor; or a list of these
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -129,8 +128,8 @@ def load_detector(
     model, info = read_detector(locate(path), None if input_size is None else _size(input_size))
     if score_threshold is not None:
         info.thresholds = ()
-    elif info.thresholds:  # just below the lowest: detections at a threshold stay
-        score_threshold = max(0.0, math.nextafter(min(info.thresholds), 0))
+    elif info.thresholds:  # just below the lowest as float32, which scores are: detections at a threshold stay
+        score_threshold = float(np.nextafter(np.float32(min(info.thresholds)), np.float32(0)))
     else:
         score_threshold = default_score
     postprocess = replace(info.postprocess, score_threshold=score_threshold)
