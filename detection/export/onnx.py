@@ -195,12 +195,23 @@ def _quantised(
     return OnnxFile(content if tail is None else joined(content, tail))
 
 
+def quiet_nncf() -> Any:
+    """The package NNCF, which from then on reports errors alone.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    with quiet("torch.utils.cpp_extension"):  # it imports that, and so one learns that there is no CUDA
+        import nncf
+    nncf.set_log_level(logging.ERROR)
+    return nncf
+
+
 def _corrected(raw: bytes, tail: bytes | None, calibration: NDArray[np.uint8]) -> OnnxFile:
     """In 8 bits by NNCF, which then sets the layers' biases so that their mean outputs stay what they were."""
-    import nncf
     import onnx
 
-    nncf.set_log_level(logging.ERROR)
+    nncf = quiet_nncf()
     data = [{"images": calibration[place : place + 1]} for place in range(len(calibration))]
     with quiet():
         model = nncf.quantize(
