@@ -46,7 +46,7 @@ class FakeDetector:
 @pytest.fixture
 def detector(monkeypatch: pytest.MonkeyPatch) -> FakeDetector:
     fake = FakeDetector()
-    monkeypatch.setattr("detection.inference.predictor.load_detector", lambda path, **_: fake)
+    monkeypatch.setattr("detection.inference.predictor.load_detector", lambda *_, **__: fake)
     return fake
 
 
@@ -218,7 +218,7 @@ def test_window_ends_on_q(video: Path, detector: FakeDetector, monkeypatch: pyte
 def test_passes_score_and_device_on(video: Path, monkeypatch: pytest.MonkeyPatch):
     given = {}
 
-    def load(path: Path, device: str, score_threshold: float | None, default_score: float) -> FakeDetector:
+    def load(path: Path, *, device: str, score_threshold: float | None, default_score: float) -> FakeDetector:
         given.update(path=path, device=device, score=score_threshold, default=default_score)
         return FakeDetector()
 

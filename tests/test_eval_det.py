@@ -359,6 +359,29 @@ def test_exported_networks_have_an_ap(scene: Scene, runner: str) -> None:
     assert json.loads(scene.json.read_text())["runner"] == runner
 
 
+@pytest.mark.slow
+def test_the_ap_of_an_exported_file_is_that_of_all_its_scores(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    from detection.export.module import RawHeads
+    from detection.export.onnx import OnnxFile, joined, tail_onnx
+    from detection.inference.exported import ExportRecord
+    from detection.inference.runners import to_onnx
+
+    model = scene.model.eval()
+    content = joined(to_onnx(RawHeads(model).model), tail_onnx(model, scene.info.postprocess))
+    scene.checkpoint = scene.checkpoint.with_name("detector.onnx")
+    record = ExportRecord(format="onnx", outputs="detections", info=replace(scene.info, thresholds=(0.5, 0.5, 0.5)))
+    OnnxFile(content).write(scene.checkpoint, record)
+    whole = main(scene.arguments())
+    sure = main(scene.arguments("--score-threshold", "0.25"))
+    assert whole.figures["AP"] == pytest.approx(1, abs=0.02)
+    assert sure.num_detections < whole.num_detections == len(scene.content["annotations"])
+    assert sure.figures["AP"] < whole.figures["AP"] - 0.1
+    error = error_of(capsys, scene.arguments("--write-thresholds", str(scene.checkpoint.with_suffix(".safetensors"))))
+    assert "detector.onnx is an exported file; give the checkpoint" in error
+
+
 def test_a_function_has_an_ap(scene: Scene) -> None:
     """What an evaluation needs is a function of images and an info record."""
     model, info = scene.model.eval(), scene.info

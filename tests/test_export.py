@@ -24,9 +24,10 @@ from detection.export.litert_metadata import associated_files, metadata
 from detection.export.module import Tail
 from detection.export.run import ExportJob, ExportResult, export
 from detection.export.verification import BOUNDS, Difference, compare
-from detection.inference.exported import ExportRecord, FilePostprocess, Format, is_exported, open_exported
+from detection.inference import predictor as predictor_module
+from detection.inference.exported import Exported, ExportRecord, FilePostprocess, Format, is_exported, open_exported
 from detection.inference.predictor import Predictor
-from detection.inference.runners import as_predictions, fold_norms
+from detection.inference.runners import TorchRunner, as_predictions, fold_norms
 from detection.models.box_coders import SSDBoxCoder
 from detection.postprocess import PostprocessConfig
 from detection.structures import RawPredictions
@@ -211,6 +212,33 @@ def test_options_that_do_not_fit(changes: dict[str, object], message: str) -> No
         ExportJob(**given).validate()  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("outputs", ["raw", "detections"])
+def test_thresholds_of_an_exported_file(outputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = small_detector()[1]
+    info.postprocess.score_threshold = 0.02
+
+    def opened(path: Path, backend: str | None) -> Exported:
+        runner = TorchRunner(torch.nn.Identity(), torch.device("cpu"))
+        return Exported(runner=runner, record=ExportRecord(format="onnx", outputs=outputs, info=info))  # type: ignore[arg-type]
+
+    monkeypatch.setattr(predictor_module, "open_exported", opened)
+
+    def thresholds(**given: float | None) -> tuple[float, tuple[float, ...]]:
+        detector = load_detector("d.onnx", **given)  # type: ignore[arg-type]
+        if outputs == "detections":
+            assert isinstance(detector.postprocess, FilePostprocess)
+            assert detector.postprocess.score_threshold == detector.info.postprocess.score_threshold
+        return detector.info.postprocess.score_threshold, detector.info.thresholds
+
+    assert thresholds() == (0.25, ())
+    assert thresholds(default_score=None) == (0.02, ())
+    assert thresholds(score_threshold=0.1) == (0.1, ())
+    info.thresholds = (0.4, 0.6)
+    assert thresholds() == (pytest.approx(0.4), (0.4, 0.6))
+    assert thresholds(default_score=None) == (0.02, ())
+    assert thresholds(score_threshold=0.1) == (0.1, ())
+
+
 @pytest.mark.slow
 def test_a_file_that_does_not_match_gets_no_name(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong:
@@ -229,11 +257,12 @@ def test_a_file_that_does_not_match_gets_no_name(scene: Path, monkeypatch: pytes
 
     monkeypatch.setitem(export_run._EXPORTERS, "torch", (lambda *_: iter([Variant(name="", make=Wrong)]), ()))
     out = scene / "wrong.pt2"
+    before = sorted(path.name for path in scene.iterdir())
     job = ExportJob(checkpoint=scene / "d.safetensors", to="torch", out=out, images=scene / "images", raw=True)
     with pytest.raises(UserError, match=r"no variant matches the checkpoint; .*wrong\.pt2 is not written"):
         export(job, say=lambda line: None)
     assert not out.exists()
-    assert not list(scene.glob(".export-*"))
+    assert sorted(path.name for path in scene.iterdir()) == before
 
 
 # --- with the packages

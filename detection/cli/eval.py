@@ -109,6 +109,12 @@ class EvalConfig:
         if self.write_thresholds is not None:
             if self.checkpoint is None:
                 raise UserError("--write-thresholds needs a checkpoint to write them into a copy of")
+            from detection.inference.exported import is_exported
+
+            if is_exported(self.checkpoint):
+                raise UserError(
+                    f"--write-thresholds: {self.checkpoint} is an exported file; give the checkpoint, and export its copy"
+                )
             if self.write_thresholds.suffix != ".safetensors":
                 raise UserError(f"--write-thresholds {self.write_thresholds}: give the file the ending .safetensors")
         if self.batch_size < 1:

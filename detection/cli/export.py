@@ -10,7 +10,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +22,7 @@ from detection.engine.errors import main_errors
 
 if TYPE_CHECKING:  # what loads torch is imported when the command line is parsed
     from detection.export.run import ExportResult
+    from detection.inference.exported import Format
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,6 +70,11 @@ class ExportConfig:
 def main(argv: Sequence[str] | None = None) -> ExportResult:
     config = tyro.cli(ExportConfig, args=sys.argv[1:] if argv is None else argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    if config.to == "bundle":  # said before the minutes that an export takes
+        if config.raw:
+            raise UserError("--to bundle reads detections; leave --raw out")
+        if config.out.exists():
+            raise UserError(f"{config.out} exists; name a folder that does not, or remove it first")
     refuse_overwrites(
         {
             "the checkpoint": config.checkpoint,
@@ -78,34 +84,28 @@ def main(argv: Sequence[str] | None = None) -> ExportResult:
         },
         {"--out": config.out},
     )
+    result = _bundle(config) if config.to == "bundle" else _export(config, config.to, config.out)
+    print(summary(result))
     if config.to == "bundle":
-        return _bundle(config)
-    return _export(config, config.out)
+        print(f"on the device: pip install -r {config.out}/requirements.txt; python {config.out}/detect.py IMAGE")
+    return result
 
 
-def _export(config: ExportConfig, out: Path) -> ExportResult:
+def _export(config: ExportConfig, to: Format, out: Path) -> ExportResult:
     from detection.export.run import ExportJob, export
 
     given = {name: getattr(config, name) for name in ExportConfig.__dataclass_fields__ if name != "bundled"}
-    to = config.bundled if config.to == "bundle" else config.to
-    result = export(ExportJob(**{**given, "to": to, "out": out}))
-    print(summary(result))
-    return result
+    return export(ExportJob(**{**given, "to": to, "out": out}))
 
 
 def _bundle(config: ExportConfig) -> ExportResult:
     from detection.export.bundle import write_bundle
 
-    if config.raw:
-        raise UserError("--to bundle reads detections; leave --raw out")
-    if config.out.exists():  # said before the minutes that an export takes
-        raise UserError(f"{config.out} exists; name a folder that does not, or remove it first")
     with tempfile.TemporaryDirectory() as folder:
-        result = _export(config, Path(folder, "model.onnx" if config.bundled == "onnx" else "model.tflite"))
-        names = write_bundle(result.path, config.out)
-    print(f"bundle: {config.out} ({', '.join(names)})")
-    print(f"on the device: pip install -r {config.out}/requirements.txt; python {config.out}/detect.py IMAGE")
-    return result
+        name = "model.onnx" if config.bundled == "onnx" else "model.tflite"
+        result = _export(config, config.bundled, Path(folder, name))
+        write_bundle(result.path, config.out)
+    return replace(result, path=config.out / name)
 
 
 def summary(result: ExportResult) -> str:

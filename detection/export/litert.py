@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,6 +29,7 @@ from detection.export.litert_metadata import BUFFER_NAME, associated_files, meta
 from detection.export.module import RawHeads, Scores
 from detection.export.options import ExportOptions, Variant
 from detection.inference.exported import ExportRecord
+from detection.inference.runners import quiet
 from detection.models.box_coders import SSDBoxCoder
 from detection.models.detector import Detector
 from detection.postprocess import PostprocessConfig
@@ -291,15 +290,8 @@ def with_metadata(content: bytes, packed: bytes) -> bytes:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps the converter and the quantiser from reporting their steps."""
-    log = logging.getLogger()
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-            warnings.simplefilter("ignore")
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            if not sys.stderr.isatty():  # its progress bars are for people
-                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            yield
-    finally:
-        log.setLevel(level)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(quiet(""))
+        if not sys.stderr.isatty():  # its progress bars are for people
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield

@@ -115,22 +115,3 @@ class Tail(nn.Module):
         # Runtimes order equal scores as they like: empty rows are zeros, so that their order does not show.
         used = (best > 0).to(found.dtype)
         return torch.cat((found * used[..., None], best[..., None], (labels * used)[..., None]), -1)
-
-
-class Decoded(nn.Module):
-    """The network to boxes and scores of every anchor, for runtimes that suppress by an operator of their own.
-
-    Args:
-        model: it stays as it is.
-    """
-
-    def __init__(self, model: Detector) -> None:
-        super().__init__()
-        self.heads = RawHeads(model)
-        self.coder = model.config.box_coder()
-        self.scores = Scores(model)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [B, 3, H, W] -> boxes [B, A, 4], xyxy in pixels of the input, scores [B, A, K]."""
-        codes, class_logits = self.heads(images)
-        return self.coder.decode(codes, self.heads.model.anchors), self.scores(class_logits)

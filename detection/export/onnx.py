@@ -6,12 +6,9 @@ afterwards, in floating point.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import logging
 import tempfile
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +22,7 @@ from backbones.state import write_whole
 from detection.export.module import RawHeads, Tail
 from detection.export.options import ExportOptions, Variant
 from detection.inference.exported import KEY, ExportRecord
-from detection.inference.runners import to_onnx
+from detection.inference.runners import EXPORTER_LOGS, quiet, to_onnx
 from detection.models.detector import Detector
 from detection.postprocess import PostprocessConfig
 
@@ -34,14 +31,13 @@ TAIL = "tail_"
 """What the names of the tail's nodes begin with."""
 
 _CORRECTED = "NNCF, bias correction, per channel, reduced range"
-# ONNX Runtime's own quantiser. Without reduce_range pairs of products overflow 16 bits on processors with AVX2 and no VNNI, and
-# AP falls to a third.
+# ONNX Runtime's own quantiser, always with reduce_range: without it pairs of products overflow 16 bits on processors with AVX2
+# and no VNNI, where AP falls to a third, and a measurement on another processor does not show it.
 _INT8: dict[str, dict[str, Any]] = {
     "min-max, per channel, reduced range": {},
     "min-max, per channel, reduced range, output layers float": {"outputs_float": True},
     "percentile 99.999, per channel, reduced range": {"percentile": 99.999},
     "min-max, per tensor, reduced range": {"per_channel": False},
-    "min-max, per channel, full range": {"reduce_range": False},
 }
 
 
@@ -104,7 +100,7 @@ def tail_onnx(model: Detector, postprocess: PostprocessConfig) -> bytes:
     with torch.no_grad():
         raw = model(torch.zeros(2, 3, *model.config.input_size, dtype=torch.uint8))
     batch = torch.export.Dim("batch")
-    with _quiet_exporter():
+    with quiet(*EXPORTER_LOGS):
         program = torch.onnx.export(
             tail,
             (raw.codes, raw.class_logits),
@@ -137,25 +133,11 @@ def joined(raw: bytes, tail: bytes) -> bytes:
     return content
 
 
-@contextlib.contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Keeps torch's exporter from reporting its steps on stdout and in the log, whatever it is told."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
-
-
 def _prepared(raw: bytes) -> bytes:
     """The model with shapes inferred and constants folded, as the quantiser wants it."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    with tempfile.TemporaryDirectory() as folder, _quiet_root():
+    with tempfile.TemporaryDirectory() as folder, quiet(""):
         source, target = Path(folder, "raw.onnx"), Path(folder, "prepared.onnx")
         source.write_bytes(raw)
         quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
@@ -188,14 +170,12 @@ def _quantised(
     *,
     outputs_float: bool = False,
     per_channel: bool = True,
-    reduce_range: bool = True,
     percentile: float | None = None,
 ) -> OnnxFile:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     method = CalibrationMethod.MinMax if percentile is None else CalibrationMethod.Percentile
-    with tempfile.TemporaryDirectory() as folder, _quiet_root(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder, quiet(""):
         source, target = Path(folder, "prepared.onnx"), Path(folder, "int8.onnx")
         source.write_bytes(prepared)
         quantize_static(
@@ -204,7 +184,7 @@ def _quantised(
             _Reader(calibration),
             quant_format=QuantFormat.QDQ,
             per_channel=per_channel,
-            reduce_range=reduce_range,
+            reduce_range=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=output_layers(prepared) if outputs_float else None,
@@ -215,15 +195,25 @@ def _quantised(
     return OnnxFile(content if tail is None else joined(content, tail))
 
 
+def quiet_nncf() -> Any:
+    """The package NNCF, which from then on reports errors alone.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    with quiet("torch.utils.cpp_extension"):  # it imports that, and so one learns that there is no CUDA
+        import nncf
+    nncf.set_log_level(logging.ERROR)
+    return nncf
+
+
 def _corrected(raw: bytes, tail: bytes | None, calibration: NDArray[np.uint8]) -> OnnxFile:
     """In 8 bits by NNCF, which then sets the layers' biases so that their mean outputs stay what they were."""
-    import nncf
     import onnx
 
-    nncf.set_log_level(logging.ERROR)
+    nncf = quiet_nncf()
     data = [{"images": calibration[place : place + 1]} for place in range(len(calibration))]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         model = nncf.quantize(
             onnx.load_from_string(raw),
             nncf.Dataset(data),
@@ -251,15 +241,3 @@ class _Reader:
 
     def __len__(self) -> int:
         return len(self.images)
-
-
-@contextlib.contextmanager
-def _quiet_root() -> Iterator[None]:
-    """Keeps ONNX Runtime's quantiser from advising through the root logger."""
-    log = logging.getLogger()
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

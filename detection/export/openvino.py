@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detection.export.module import RawHeads
-from detection.export.onnx import TAIL, joined, tail_onnx
+from detection.export.onnx import TAIL, joined, quiet_nncf, tail_onnx
 from detection.export.options import ExportOptions, Variant
 from detection.inference.exported import KEY, ExportRecord
 from detection.inference.runners import openvino_core, to_onnx
@@ -71,8 +70,7 @@ def variants(model: Detector, options: ExportOptions) -> Iterator[Variant]:
         yield Variant(name="", make=lambda: OpenVinoFile(core.read_model(content), options.fp16))
         return
     assert options.calibration is not None
-    import nncf  # noqa: F401  asked for before any work is done
-
+    quiet_nncf()  # asked for before any work is done
     for name, settings in _INT8.items():
         yield Variant(name=name, make=partial(_quantised, content, options.calibration, **settings))
 
@@ -80,9 +78,7 @@ def variants(model: Detector, options: ExportOptions) -> Iterator[Variant]:
 def _quantised(
     content: bytes, calibration: NDArray[np.uint8], *, preset: str, fast_bias_correction: bool = True
 ) -> OpenVinoFile:
-    import nncf
-
-    nncf.set_log_level(logging.ERROR)
+    nncf = quiet_nncf()
     model = openvino_core().read_model(content)
     tail = [node.get_friendly_name() for node in model.get_ops() if node.get_friendly_name().startswith(TAIL)]
     quantised = nncf.quantize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from backbones.errors import UserError
-from backbones.state import sha256_of
+from backbones.state import sha256_of, write_whole
 from detection.export import litert, onnx, openvino, torch_program
 from detection.export.calibration import image_files, network_inputs, spread
 from detection.export.options import Artefact, Exporter, ExportOptions
@@ -190,10 +189,11 @@ def export(job: ExportJob, say: Callable[[str], None] = print) -> ExportResult:
         record.measured.ap_torch = evaluation.ap(reference)
         say(f"torch: AP {record.measured.ap_torch:.4f} on {len(evaluation)} images")
 
-    job.out.parent.mkdir(parents=True, exist_ok=True)
+    job.out.parent.mkdir(parents=True, exist_ok=True)  # said now where it cannot be, not after minutes
     tried: list[Tried] = []
     best: tuple[Tried, Artefact] | None = None
-    with tempfile.TemporaryDirectory(dir=job.out.parent, prefix=".export-") as folder:
+    # Not beside the file: an export that is killed leaves nothing among the user's own.
+    with tempfile.TemporaryDirectory(prefix="litedet-export-") as folder:
         staged = Path(folder, job.out.name)
         try:
             for variant in exporter(model, options):
@@ -230,7 +230,7 @@ def export(job: ExportJob, say: Callable[[str], None] = print) -> ExportResult:
         artefact.write(staged, record)
         load_detector(staged)  # the file with its last record opens
         for path in _files(staged):  # OpenVINO's weights come before the graph that names them
-            os.replace(path, job.out.with_name(path.name))
+            write_whole(job.out.with_name(path.name), path.read_bytes())
     return ExportResult(path=job.out, record=record, tried=tried, chosen=chosen, ap_torch=record.measured.ap_torch)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from backbones.errors import UserError
+from backbones.state import write_whole
 from detection.export.module import RawHeads
 from detection.export.options import ExportOptions, Variant
 from detection.inference.exported import KEY, ExportRecord
@@ -29,13 +30,9 @@ class ProgramFile:
 
     def write(self, path: Path, record: ExportRecord) -> None:
         """See ``Artefact``."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".part-{path.name}")  # torch wants the ending
-        try:
-            torch.export.save(self.program, staged, extra_files={KEY: record.to_json()})
-            os.replace(staged, path)
-        finally:
-            staged.unlink(missing_ok=True)
+        content = io.BytesIO()
+        torch.export.save(self.program, content, extra_files={KEY: record.to_json()})
+        write_whole(path, content.getbuffer())
 
 
 def variants(model: Detector, options: ExportOptions) -> Iterator[Variant]:

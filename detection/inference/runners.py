@@ -247,6 +247,30 @@ def threads_for(runner: Runner) -> Iterator[None]:
             torch.set_num_threads(_threads_before)
 
 
+EXPORTER_LOGS = ("torch.onnx", "onnxscript")
+"""Where torch's ONNX exporter and its optimiser report their steps, whatever they are told."""
+
+
+@contextlib.contextmanager
+def quiet(*logs: str) -> Iterator[None]:
+    """Keeps a library from reporting its steps: nothing on stdout, no warnings, errors alone in its logs.
+
+    Args:
+        logs: names of loggers; "" is the root.
+    """
+    loggers = [logging.getLogger(name) for name in logs]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
 def to_onnx(model: Detector) -> bytes:
     """The network as an ONNX file: what ``Detector.forward`` computes, the normalisation included.
 
@@ -257,24 +281,16 @@ def to_onnx(model: Detector) -> bytes:
         ImportError: torch's exporter needs the packages onnx and onnxscript.
     """
     images = torch.zeros(2, 3, *model.config.input_size, dtype=torch.uint8, device=model.anchors.device)
-    # The exporter reports its steps on stdout and in the log, whatever it is told.
-    exporter_log = logging.getLogger("torch.onnx")
-    level = exporter_log.level
-    exporter_log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                _WithoutAnchors(model),
-                (images,),
-                input_names=["images"],
-                output_names=["codes", "class_logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                dynamo=True,
-                verbose=False,
-            )
-    finally:
-        exporter_log.setLevel(level)
+    with quiet(*EXPORTER_LOGS):
+        program = torch.onnx.export(
+            _WithoutAnchors(model),
+            (images,),
+            input_names=["images"],
+            output_names=["codes", "class_logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            verbose=False,
+        )
     assert program is not None
     content: bytes = program.model_proto.SerializeToString()
     return content
