@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
         _find_lr(config)
         raise SystemExit(0)
     with (
-        open_runtime(config.train.device, config.train.num_threads) as runtime,
+        open_runtime(
+            config.train.device, config.train.num_threads, deterministic=config.train.deterministic
+        ) as runtime,
         open_run(config, runtime, DetectionConfig.from_plain) as run,
     ):
         task = DetectionTask(config, runtime, run.adopted)
