@@ -1,6 +1,7 @@
 """Files that are whole or not there, and state dicts that fit or are refused: once for everything that is saved and loaded."""
 
 import contextlib
+import glob
 import hashlib
 import os
 import re
@@ -49,6 +50,16 @@ def write_whole(path: str | Path, content: bytes | memoryview, *, durable: bool 
         raise OSError(
             error.errno, f"cannot be written, the file before stays as it was: {reason}", str(path)
         ) from error
+
+
+def remove_unfinished(path: str | Path) -> None:
+    """Remove what ``write_whole`` of this path left when its process was killed (kill -9) at work.
+
+    For who knows that no other process writes the file just now: its write would fail.
+    """
+    path = Path(path)
+    for other in path.parent.glob(f"{glob.escape(path.name)}.????????.part"):
+        other.unlink(missing_ok=True)
 
 
 def existing_file(path: str | Path, what: str = "a weights file") -> Path:

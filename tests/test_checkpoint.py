@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from backbones.errors import UserError
-from backbones.state import load_state, write_whole
+from backbones.state import load_state, remove_unfinished, write_whole
 from detection.engine.checkpoint import load_checkpoint, save_checkpoint
 
 
@@ -200,3 +200,16 @@ def test_a_write_that_was_interrupted_leaves_nothing(
         write_whole(tmp_path / "a", b"after")
     assert os.listdir(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"before"
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_whole(tmp_path / "a[1].pt", b"before")
+    remove_unfinished(tmp_path / "a[1].pt")
+    assert os.listdir(tmp_path) == ["a[1].pt"]
+    monkeypatch.setattr(os, "replace", lambda source, target: None)  # where the process is killed
+    write_whole(tmp_path / "a[1].pt", b"after")
+    (tmp_path / "a[1].pt.mine.part").touch()  # not of our naming
+    assert len(os.listdir(tmp_path)) == 3
+    remove_unfinished(tmp_path / "a[1].pt")
+    assert sorted(os.listdir(tmp_path)) == ["a[1].pt", "a[1].pt.mine.part"]
+    assert (tmp_path / "a[1].pt").read_bytes() == b"before"

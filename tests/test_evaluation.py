@@ -411,6 +411,46 @@ def test_two_processes_count_every_image_once(tmp_path: Path) -> None:
     assert merged["unreadable"] == ["shared.png: gone", "0.png: gone", "1.png: gone"]
 
 
+def _evaluate_shares(rank: int, folder: Path, shares: dict[str, list[list[int]]]) -> None:
+    torch.set_num_threads(1)
+    index, detections = draw(folder / str(rank))
+    for name, own in shares.items():
+        if rank >= len(own):
+            continue
+        address = f"file://{folder / name}"
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=len(own))
+        evaluator = CocoEvaluator(index)
+        evaluator.update(own[rank], [detections[image_id] for image_id in own[rank]])
+        evaluator.merge_across_processes()
+        if rank == 0:
+            (folder / f"{name}.json").write_text(json.dumps(evaluator.compute().figures))
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_ap_on_one_two_and_three_processes(tmp_path: Path) -> None:
+    index, detections = draw(tmp_path)
+    ids = [int(image_id) for image_id in index.image_ids]
+    with_objects = [image_id for position, image_id in enumerate(detections) if position % 4 != 3]
+    without = [image_id for image_id in ids if image_id not in with_objects]
+    assert (len(ids), len(without)) == (40, 10)
+    shares = {
+        "one": [ids],
+        "two": [ids[0::2], ids[1::2]],
+        "three_odd": [ids[0::3], ids[1::3], ids[2::3]],  # 14, 13 and 13 images
+        "rank_without_objects": [without, with_objects],
+        "ranks_without_images": [[], ids, []],
+    }
+    for rank in range(3):
+        (tmp_path / str(rank)).mkdir()
+    torch.multiprocessing.spawn(_evaluate_shares, (tmp_path, shares), nprocs=3)
+    wanted = measure(index, "faster", detections).figures
+    assert wanted["AP"] > 0.1
+    for name in shares:
+        merged = json.loads((tmp_path / f"{name}.json").read_text())
+        assert merged == pytest.approx(wanted, abs=1e-9, nan_ok=True), name
+
+
 def test_merge_without_a_process_group_changes_nothing(tmp_path: Path) -> None:
     index, detections = draw(tmp_path)
     evaluator = CocoEvaluator(index)

@@ -1,8 +1,10 @@
 """Trainings that are killed as processes: with kill -9 at random moments, and by a signal that they may answer.
 
-A training of a tiny network is killed and resumed again and again, and must end with the bits of one that was not.
+A training of a tiny network is killed and resumed again and again, and must end with the bits of one that was not; so
+must one with another number of data workers.
 """
 
+import contextlib
 import os
 import random
 import signal
@@ -21,7 +23,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = [
-    *("--train.epochs", "3", "--train.batch-size", "4", "--train.device", "cpu", "--train.num-threads", "1"),
+    *("--train.epochs", "2", "--train.batch-size", "4", "--train.device", "cpu", "--train.num-threads", "1"),
     *("--train.log-every", "3", "--train.checkpoint-every-steps", "2", "--model.backbone.width", "0.35"),
     *("--model.backbone.frozen-stages", "0"),
 ]
@@ -107,17 +109,22 @@ def classifier_command(folder: Path) -> list[str]:
     ]
 
 
+def unfinished(run_dir: Path) -> set[Path]:
+    """The checkpoints that a process is writing, or was killed in writing."""
+    return set(run_dir.glob("last.pt.*.part"))
+
+
 def wait_for_step(run_dir: Path, pid: int, moment: random.Random) -> None:
-    """Until the run wrote a checkpoint or began to; then a random moment more."""
-    path, part = run_dir / "last.pt", run_dir / "last.pt.part"
+    """Until the run writes a checkpoint (four of ten times), or has written one, and a random moment more."""
+    path = run_dir / "last.pt"
     before = path.stat().st_mtime_ns if path.exists() else 0
-    end = time.monotonic() + 60
-    in_writing = moment.random() < 0.4
+    end = time.monotonic() + 120
+    in_writing, left = moment.random() < 0.4, unfinished(run_dir)
     while time.monotonic() < end:
-        if in_writing and part.exists():
+        if in_writing and unfinished(run_dir) - left:
             return
         if path.exists() and path.stat().st_mtime_ns != before:
-            time.sleep(moment.random() * 0.3)
+            time.sleep(moment.random() * 0.1)
             return
         try:
             os.kill(pid, 0)
@@ -152,22 +159,31 @@ def test_killed_with_9_again_and_again(
     tmp_path: Path, starter: Starter, straight: dict[str, tuple[list[str], Path]], name: str, num_kills: int
 ) -> None:
     (command, expected), moment = straight[name], random.Random(3)
-    run_dir, kills, in_writing = tmp_path / "run", 0, 0
-    while True:
-        resume = ["--train.resume", "True"] if (run_dir / "last.pt").exists() else []
-        pid = starter.start([*command, "--run-dir", str(run_dir), *resume])
-        if kills < num_kills:
-            wait_for_step(run_dir, pid, moment)
-            os.kill(pid, signal.SIGKILL)
-        status = starter.wait()
-        if status == 0:
+    kills, in_writing = 0, 0
+    for attempt in range(num_kills):  # a run that comes to its end is compared, and the next one is begun
+        run_dir = tmp_path / f"run_{attempt}"
+        while True:
+            resume = ["--train.resume", "True"] if (run_dir / "last.pt").exists() else []
+            pid = starter.start([*command, "--run-dir", str(run_dir), *resume])
+            if kills < num_kills:
+                if moment.random() < 0.2:
+                    time.sleep(moment.random())  # in starting too
+                else:
+                    wait_for_step(run_dir, pid, moment)
+                with contextlib.suppress(ProcessLookupError):  # it was quicker
+                    os.kill(pid, signal.SIGKILL)
+            status = starter.wait()
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL, starter.log.read_text()[-3000:]
+            kills += 1
+            in_writing += bool(unfinished(run_dir))
+        assert_same_run(run_dir, expected)
+        assert not unfinished(run_dir)
+        if kills == num_kills:
             break
-        assert status == -signal.SIGKILL, starter.log.read_text()[-3000:]
-        kills += 1
-        in_writing += bool(list(run_dir.glob("last.pt?*")))
-    print(f"{kills} kills, {in_writing} of them while a checkpoint was written")
-    assert kills >= 3
-    assert_same_run(run_dir, expected)
+    print(f"{kills} kills in {attempt + 1} runs, {in_writing} of them while a checkpoint was written")
+    assert kills == num_kills
 
 
 @pytest.mark.slow
@@ -182,5 +198,16 @@ def test_signals_to_the_command(
     assert starter.wait() == status, starter.log.read_text()[-3000:]
     assert "--train.resume True" in starter.log.read_text()
     starter.start([*command, "--run-dir", str(tmp_path / "run"), "--train.resume", "True"])
+    assert starter.wait() == 0, starter.log.read_text()[-3000:]
+    assert_same_run(tmp_path / "run", expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "4"])
+def test_the_number_of_workers_changes_no_bit(
+    tmp_path: Path, starter: Starter, straight: dict[str, tuple[list[str], Path]], workers: str
+) -> None:
+    command, expected = straight["detector"]  # with 1 worker
+    starter.start([*command, "--run-dir", str(tmp_path / "run"), "--data.workers", workers])
     assert starter.wait() == 0, starter.log.read_text()[-3000:]
     assert_same_run(tmp_path / "run", expected)

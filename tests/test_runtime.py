@@ -50,6 +50,23 @@ def with_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_operators_on_a_gpu(monkeypatch: pytest.MonkeyPatch, deterministic: bool) -> None:
+    with_gpus(monkeypatch, 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        with open_runtime("cuda", deterministic=deterministic):
+            assert torch.backends.cudnn.benchmark is not deterministic
+            assert torch.are_deterministic_algorithms_enabled() is deterministic
+            assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(
     ("choice", "on_two_gpus", "on_none"),
     [

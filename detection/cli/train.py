@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
         _find_lr(config)
         raise SystemExit(0)
     with (
-        open_runtime(config.train.device, config.train.num_threads) as runtime,
+        open_runtime(
+            config.train.device, config.train.num_threads, deterministic=config.train.deterministic
+        ) as runtime,
         open_run(config, runtime, DetectionConfig.from_plain) as run,
     ):
         task = DetectionTask(config, runtime, run.adopted)
@@ -63,7 +65,9 @@ def _find_lr(config: Any) -> None:
 
     if config.train.resume:
         raise UserError("--find-lr is for a training that has not begun: give a recipe, not the folder of a run")
-    with open_runtime(config.train.device, config.train.num_threads) as runtime:
+    with open_runtime(
+        config.train.device, config.train.num_threads, deterministic=config.train.deterministic
+    ) as runtime:
         found = find_lr(DetectionTask(config, runtime), config.train, runtime)
     data, picture = found.write(config.run_dir)
     end = "where the loss blew up" if found.diverged else "and the loss did not blow up: take the suggestion with care"

@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> TrainResult:
     config: ClassificationConfig = load_config(arguments, __doc__ or "", ClassificationConfig, read)
     config.validate()
     with (
-        open_runtime(config.train.device, config.train.num_threads) as runtime,
+        open_runtime(
+            config.train.device, config.train.num_threads, deterministic=config.train.deterministic
+        ) as runtime,
         open_run(config, runtime, read) as run,
     ):
         task = ClassificationTask(config, runtime, run.extra)

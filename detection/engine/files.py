@@ -14,7 +14,7 @@ import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 from backbones.errors import UserError
-from backbones.state import write_whole
+from backbones.state import remove_unfinished, write_whole
 from detection.engine.checkpoint import load_checkpoint
 from detection.engine.log import read_record
 from detection.engine.plain import differences, to_plain
@@ -27,9 +27,12 @@ _log = logging.getLogger(__name__)
 # it computes. The weights it once started from are in its checkpoint. (That the data are the same is checked by content.)
 _FREE_ON_RESUME: tuple[str, ...] = (
     "run_dir", "weights", "data.root", "data.train", "data.val", "data.workers", "data.val_batch_size", "train.resume",
-    "train.device", "train.num_threads", "train.log_every", "train.max_skipped_share",
+    "train.device", "train.num_threads", "train.deterministic", "train.log_every", "train.max_skipped_share",
     "train.checkpoint_every_steps", "train.checkpoint_every_minutes", "train.max_left_out",
 )  # fmt: skip
+
+# What a training alone writes, under its lock: the beginnings that a killed one left can go.
+_WRITTEN = ("last.pt", "best.pt", "config.json", "metrics.jsonl")
 
 _RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
@@ -161,6 +164,8 @@ def _open(run_dir: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | Non
             f"{last_path} is not there, so there is nothing to resume; start without --train.resume"
         )
     stack.enter_context(_locked(run_dir))
+    for name in _WRITTEN:
+        remove_unfinished(run_dir / name)
     if not resume:
         if last_path.exists():
             raise UserError(

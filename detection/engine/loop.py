@@ -162,6 +162,9 @@ class TrainConfig:
     unreadable, but no more than a fifth of them; with 0 none may."""
     num_threads: int | None = None
     """Threads of torch's operators; None leaves torch's own choice."""
+    deterministic: bool = False
+    """On a GPU: let cuDNN and torch choose operators that give the same bits in every run with the same seed. It costs speed
+    (no search for the quickest convolution). torch warns of an operator that has none. On a CPU runs are equal as it is."""
     device: str = "auto"
     """Where to train: auto (a CUDA GPU where there is one, else the CPU), cpu, cuda, cuda:N or mps."""
     resume: bool = False

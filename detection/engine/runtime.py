@@ -99,7 +99,9 @@ class Runtime:
 
 
 @contextmanager
-def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) -> Iterator[Runtime]:
+def open_runtime(
+    device: DeviceChoice = "auto", num_threads: int | None = None, *, deterministic: bool = False
+) -> Iterator[Runtime]:
     """Prepares this process for a run and, where torchrun started it, joins the others (NCCL on GPUs, Gloo on CPUs).
 
     Process 0 logs from INFO on, the others warnings only. On a GPU matrix products may use TF32, and cuDNN picks the
@@ -113,6 +115,7 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
     Args:
         device: see ``choose_device``; with several processes a GPU has no number, each process takes the one of its own.
         num_threads: threads of torch's operators in this process; None leaves torch's own choice.
+        deterministic: on a GPU take the operators that give the same bits every time, for the rest of the process.
 
     Raises:
         UserError: see ``choose_device``; a device that several processes cannot share; a data worker that was killed.
@@ -139,7 +142,9 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not deterministic
+        if deterministic:
+            choose_deterministic_operators()
 
     host_group: dist.ProcessGroup | None = None
     if world_size > 1:
@@ -161,6 +166,15 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def choose_deterministic_operators() -> None:
+    """Have torch, cuDNN and cuBLAS use operators that give the same bits every time; torch warns of one that has none.
+
+    To be called before the first matrix product on a GPU: cuBLAS reads its setting once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def keep_freed_memory() -> None:
