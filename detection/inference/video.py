@@ -23,6 +23,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from backbones.errors import UserError
+from backbones.state import write_whole
 from detection.images.decode import IMAGE_SUFFIXES, read_image
 from detection.inference.encoders import Encoder, H264Encoder, OpenCvEncoder, h264_encoder
 
@@ -338,6 +339,34 @@ class VideoWriter:
             with suppress(OSError):  # the error under way says more
                 self._encoder.close()
             self._encoder = None
+
+
+class ImageWriter:
+    """Writes frames as images to a folder: under the name of their file, or frame_000012.jpg for those of a video.
+
+    Two files of one name, which a pattern over several folders gives, become NAME and NAME_2.
+
+    Args:
+        folder: made if it is not there. Images in it of the same names are replaced.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._given: set[str] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, image: NDArray[np.uint8], frame: Frame) -> Path:
+        """Writes RGB uint8 [H, W, 3], whole or not at all, and returns where: PNG for a PNG, JPEG for all others."""
+        stem = Path(frame.name).stem if frame.name else f"frame_{frame.index:06}"
+        suffix = ".png" if frame.name and frame.name.lower().endswith(".png") else ".jpg"
+        name, number = stem + suffix, 1
+        while name in self._given:
+            number += 1
+            name = f"{stem}_{number}{suffix}"
+        self._given.add(name)
+        _, encoded = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        write_whole(self.folder / name, encoded.tobytes())
+        return self.folder / name
 
 
 def write_video(path: str | Path, images: Iterable[NDArray[np.uint8]], rate: float) -> int:
