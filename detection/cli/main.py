@@ -15,6 +15,7 @@ COMMANDS = {
     "train-cls": "train_cls",
     "eval": "eval",
     "video": "video",
+    "predict": "predict",
     "convert": "convert",
     "convert-weights": "convert_weights",
     "benchmark": "benchmark",
