@@ -1,4 +1,4 @@
-"""Watch a detector on a video, a camera, a stream or a folder of images. The same as ``litedet video``."""
+"""Detections of very many images, as Parquet shards. The same as ``litedet predict``."""
 
 from detection.cli.predict import main
 
