@@ -87,11 +87,11 @@ def test_another_threshold_or_list_in_the_same_folder_is_refused(folder: Path, t
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs the signals of Unix")
 def test_killed_and_continued_has_every_image_once(folder: Path, tmp_path: Path):
-    paths = list_images(str(folder / "images")) * 1
+    paths = list_images(str(folder / "images"))
     many = tmp_path / "list.txt"
     links = tmp_path / "links"
     links.mkdir()
-    for number in range(600):
+    for number in range(200):
         (links / f"{number:03}{Path(paths[number % 24]).suffix}").symlink_to(paths[number % 24])
     many.write_text("".join(f"{path}\n" for path in sorted(links.iterdir())))
     out = tmp_path / "out"
@@ -103,7 +103,7 @@ def test_killed_and_continued_has_every_image_once(folder: Path, tmp_path: Path)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in out.glob("shard-*.parquet")}
-    assert 3 <= len(before) < 120
+    assert 3 <= len(before) < 40
     predict.main(argv)
     assert [row["image"] for row in rows(out)] == sorted(map(str, links.iterdir()))
     assert all(path.stat().st_mtime_ns == written for path, written in before.items())  # nothing was done twice

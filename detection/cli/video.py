@@ -54,7 +54,7 @@ class DemoConfig:
     track: bool = False
     """Follow objects: an id on each box and in each line (needs pip install 'litedet[track]')."""
     count: tuple[float, float, float, float] | None = None
-    """Count what crosses the line X1 Y1 X2 Y2 (pixels of the frame), by class; switches --track on. In is from left to right
+    """Count what crosses the line X1 Y1 X2 Y2 (pixels of the frame), by class; switches --track on. In is from right to left
     of somebody who goes from (X1, Y1) to (X2, Y2)."""
     slice: int | None = None
     """For small objects: look at slices of so many pixels too, which overlap by a fifth. Takes time for each slice."""

@@ -78,7 +78,7 @@ class LineCounter:
     """Counts tracked objects whose centre crosses a line.
 
     Args:
-        line: x1, y1, x2, y2 in pixels. Seen from (x1, y1) towards (x2, y2), in is from left to right, as supervision has it.
+        line: x1, y1, x2, y2 in pixels. Seen from (x1, y1) towards (x2, y2), in is from right to left, as supervision has it.
 
     Attributes:
         counts: class name -> {"in": n, "out": n}, of classes that crossed.
