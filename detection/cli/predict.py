@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     file = Path(locate(config.checkpoint))
     detector = load_detector(
         file,
-        device=choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0))),  # type: ignore[arg-type]
+        device=choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0))),
         score_threshold=config.score_threshold,
     )
     identity = {

@@ -120,7 +120,8 @@ class _Stacked(NamedTuple):
 
 def _stack(items: list[_Item]) -> _Stacked:
     good = [item for item in items if item.error is None]
-    pixels = np.stack([item.pixels for item in good]) if good else np.zeros((0, 1, 1, 3), np.uint8)  # type: ignore[arg-type]
+    arrays = [item.pixels for item in good if item.pixels is not None]
+    pixels = np.stack(arrays) if arrays else np.zeros((0, 1, 1, 3), np.uint8)
     return _Stacked(
         torch.from_numpy(pixels),
         torch.tensor([item.placement for item in good], dtype=torch.float32).reshape(-1, 4),
@@ -175,10 +176,10 @@ def predict_shards(
     for batch in loader:
         found = iter(_detect(predictor, batch))
         shapes = iter(batch.sizes.tolist())
-        for error in batch.errors:
-            row = {"image": todo[done], "error": error}
+        for reason in batch.errors:
+            row: dict[str, Any] = {"image": todo[done], "error": reason}
             done += 1
-            rows.append(row if error is not None else {**row, **_row(next(found), next(shapes))})
+            rows.append(row if reason is not None else {**row, **_row(next(found), next(shapes))})
         while sizes and len(rows) >= sizes[0]:
             table = arrow.Table.from_pylist(rows[: sizes[0]], schema=_schema(arrow))
             buffer = io.BytesIO()
