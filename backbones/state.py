@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import re
+import secrets
 import stat
 import zipfile
 from collections.abc import Mapping
@@ -29,18 +30,21 @@ def write_whole(path: str | Path, content: bytes | memoryview, *, durable: bool 
     """
     path = Path(path)
     _refuse_null(path)
-    temporary = path.with_name(path.name + ".part")
+    # A name of its own: two processes that write the same file at once must not write into the same beginning of it.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too leaves nothing behind
         with contextlib.suppress(OSError):  # the first error says more
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         reason = error.strerror or str(error)
         raise OSError(
             error.errno, f"cannot be written, the file before stays as it was: {reason}", str(path)

@@ -21,7 +21,8 @@ class PostprocessConfig:
     score_threshold: float = 0.001
     """Only detections with a higher score (0 to 1) are kept. 0.001 suits COCO evaluation, 0.25 to 0.5 suits viewing."""
     nms_threshold: float = 0.55
-    """Non-maximum suppression: of two boxes of one class with a higher IoU than this, the one with the lower score goes."""
+    """Non-maximum suppression: of two boxes of one class with a higher IoU than this, the one with the lower score goes. 1: none
+    goes, for a detector that finds each object once (a one-to-one head)."""
     candidates: int = 1000
     """How many (anchor, class) pairs of an image, the best by score, enter non-maximum suppression."""
     max_detections: int = 300
@@ -121,6 +122,8 @@ class Postprocess:
     def _suppress(self, boxes: Tensor, scores: Tensor, columns: Tensor) -> Tensor:
         """Boxes [N, 4] with scores, best first, and class columns -> the positions of those that stay, best first."""
         wanted = self.config.max_detections
+        if self.config.nms_threshold == 1:
+            return torch.arange(min(wanted, len(scores)), device=scores.device)
         # What is kept of the best n is kept of all, and the time goes with the square of n: mostly a part of them suffices.
         count = wanted + wanted // 4
         while True:
@@ -146,9 +149,9 @@ class Postprocess:
         codes = raw.codes.gather(1, rows[..., None].expand(-1, -1, raw.codes.shape[-1]))
         boxes = self.box_coder.decode(codes.float(), raw.anchors[rows])
         groups = columns + C * torch.arange(B, device=columns.device)[:, None]
-        kept = torch.zeros_like(scores, dtype=torch.bool)
+        kept = torch.full_like(scores, self.config.nms_threshold == 1, dtype=torch.bool)
         at_once = max(_AT_ONCE // N, 1)
-        for part in range(0, B, at_once):
+        for part in range(0, B, at_once) if self.config.nms_threshold < 1 else ():
             some = slice(part, part + at_once)
             apart = _apart(boxes[some].flatten(0, 1), groups[some].flatten())
             best = nms(apart, scores[some].flatten().double(), self.config.nms_threshold)

@@ -155,9 +155,9 @@ class Detections:
     def __len__(self) -> int:
         return len(self.scores)
 
-    def above(self, score: float) -> Detections:
-        """The detections with at least this score."""
-        keep = self.scores >= score
+    def above(self, score: float | Tensor) -> Detections:
+        """The detections with at least this score: one for all, or one for each label, [K] on the same device."""
+        keep = self.scores >= (score[self.labels] if isinstance(score, Tensor) else score)
         return replace(self, boxes=self.boxes[keep], scores=self.scores[keep], labels=self.labels[keep])
 
     def cpu(self) -> Detections:

@@ -131,6 +131,44 @@ def exported() -> bytes:
     return to_onnx(fold_norms(small_detector()[0]))
 
 
+_DROPPED = """
+import os, pathlib, signal, sys, threading
+import torch
+from detection.inference.runners import OpenVinoRunner
+
+def make():
+    return OpenVinoRunner(pathlib.Path(sys.argv[1]).read_bytes(), torch.zeros(1, 4), num_threads=1)
+
+def signalled():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+signal.signal(signal.SIGTERM, lambda *_: print("handled", flush=True))
+first, second = make(), make()
+del first
+del second
+signalled()
+runners = [make()]
+thread = threading.Thread(target=runners.clear)
+thread.start()
+thread.join()
+signalled()
+"""
+
+
+def test_signals_are_handled_after_openvino_runners_were_dropped(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    onnx = pytest.importorskip("onnx")
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4]) for name in ("images", "codes")]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["images"], ["codes"])], "g", ends[:1], ends[1:])
+    opset = onnx.helper.make_opsetid("", 18)
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=9), tmp_path / "a.onnx")
+    done = subprocess.run(
+        [sys.executable, "-c", _DROPPED, str(tmp_path / "a.onnx")],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "handled\n" * 2, "")
+
+
 class Own:
     """A runner with threads of its own."""
 

@@ -169,3 +169,34 @@ def test_a_file_that_unpacks_to_much_more_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "b.pt").stat().st_size < 100_000
     with pytest.raises(UserError, match=r"b\.pt is compressed and would unpack to 1\d{7} bytes"):
         load_checkpoint(tmp_path / "b.pt")
+
+
+def test_two_that_write_the_same_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    replace, others = os.replace, [b"the other's"]
+
+    def replace_late(source: Path, target: Path) -> None:
+        if others:  # the other begins and ends while this one is about to give its file the name
+            write_whole(path, others.pop())
+            assert path.read_bytes() == b"the other's"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_late)
+    write_whole(path, b"mine")
+    assert path.read_bytes() == b"mine"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_write_that_was_interrupted_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException] | BaseException
+) -> None:
+    def fail(source: Path, target: Path) -> None:
+        raise error
+
+    write_whole(tmp_path / "a", b"before")
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        write_whole(tmp_path / "a", b"after")
+    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"before"

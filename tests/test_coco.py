@@ -249,7 +249,7 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cached,) = folder.iterdir()
 
     with monkeypatch.context() as patch:  # the second opening does not look into the json
-        patch.setattr(coco, "_decode", None)
+        patch.setattr(coco, "decode_coco", None)
         second = CocoIndex.read(path)
         _same(second, uncached)
         assert second.problems == ("1 of 3 boxes without area: annotation 6",)

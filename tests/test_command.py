@@ -13,6 +13,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 import detection
+from detection.benchmark import config as benchmark_config
 from detection.cli import docstrings, recipes
 from detection.cli.eval import EvalConfig
 from detection.cli.main import COMMANDS, installed_version, main
@@ -65,7 +66,7 @@ def test_wrong_usage_is_exit_code_2(given: list[str], said: str, capsys: pytest.
 @pytest.mark.parametrize(
     "arguments",
     ["--help", "train", "train --help", "train-cls --help", "eval --help", "eval --wrong", "video --help", "convert voc --help",
-     "convert-weights --help"],
+     "convert-weights --help", "benchmark --help", "quickstart --help"],
 )  # fmt: skip
 def test_torch_is_not_loaded_to_parse_a_command(arguments: str) -> None:
     code = """
@@ -85,6 +86,7 @@ def test_choices_are_those_of_what_is_imported_late() -> None:
     hints = get_type_hints(EvalConfig)
     for name, choices in (("exif", ExifRule), ("backend", coco_ap.Backend), ("runner", runners.Backend)):
         assert get_args(hints[name]) == get_args(choices)
+    assert get_args(benchmark_config.Backend) == get_args(runners.Backend)
 
 
 def test_examples_keep_their_lines(capsys: pytest.CaptureFixture[str]) -> None:

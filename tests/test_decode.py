@@ -13,6 +13,7 @@ from detection.images import decode
 from detection.images.decode import (
     IMAGE_SUFFIXES,
     EncodedImage,
+    Header,
     MissingImageError,
     UnreadableImageError,
     read_header,
@@ -61,14 +62,14 @@ def test_orientations(tmp_path: Path, orientation: int, size: tuple[int, int], k
 
 @pytest.mark.parametrize("orientation", [0, 9, 300])
 def test_an_orientation_without_meaning_turns_nothing(orientation: int) -> None:
-    assert read_header(encode(draw((40, 60)), "JPEG", orientation)) == ((40, 60), 1, "jpeg")
+    assert read_header(encode(draw((40, 60)), "JPEG", orientation)) == Header((40, 60), 1, "jpeg")
 
 
 def test_damaged_exif_makes_no_image_unreadable() -> None:
     content = bytearray(encode(draw((40, 60)), "JPEG", 6))
     start = content.index(b"Exif\0\0") + 6
     content[start : start + 12] = b"\xff" * 12
-    assert read_header(bytes(content)) == ((40, 60), 1, "jpeg")
+    assert read_header(bytes(content)) == Header((40, 60), 1, "jpeg")
 
 
 def test_exif_behind_the_pixels_of_a_png(tmp_path: Path) -> None:
@@ -148,6 +149,31 @@ def test_a_jpeg_whose_end_is_zeros_or_has_a_tail(tmp_path: Path) -> None:
         read_image(tmp_path / "a")
     (tmp_path / "a").write_bytes(content + b"what a telephone appends")
     assert read_image(tmp_path / "a").shape == (60, 80, 3)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_without_its_end_marker_is_used_and_named(
+    tmp_path: Path, progressive: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    buffer = BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG", progressive=progressive)
+    whole = buffer.getvalue()
+    (tmp_path / "whole").write_bytes(whole)
+    expected = read_image(tmp_path / "whole")
+    for lost, padding in [(2, 0), (2, 300), (3, 0)]:  # the marker, the marker overwritten by zeros, one byte more
+        (tmp_path / "a").write_bytes(whole[:-lost] + bytes(padding))
+        image = EncodedImage(tmp_path / "a", watch=True)
+        assert image.header.size == (120, 160)
+        assert (image.decode() != expected).any(-1).mean() < (0.01 if lost > 2 else 1e-9)
+        assert image.damage.startswith("JPEG without its end marker")
+        image.decode(2)
+        assert image.damage.count("without its end marker") == 1
+    for lost in (len(whole) // 20, len(whole) // 3):
+        (tmp_path / "a").write_bytes(whole[:-lost])
+        with pytest.raises(UnreadableImageError, match="does not decode"):
+            EncodedImage(tmp_path / "a")
+    assert capfd.readouterr().err == ""
 
 
 def test_what_is_no_image_file(tmp_path: Path) -> None:

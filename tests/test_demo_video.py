@@ -117,8 +117,11 @@ def test_ctrl_c_leaves_whole_files(video: Path, detector: FakeDetector, capsys: 
             raise KeyboardInterrupt
 
     detector.on_call = interrupt
-    result, lines = run(video)
-    assert (result.num_frames, len(lines), count_frames(video.parent / "out.mp4")) == (4, 4, 4)
+    with pytest.raises(SystemExit) as ended:
+        run(video)
+    assert ended.value.code == 130
+    lines = (video.parent / "out.jsonl").read_text().splitlines()
+    assert (len(lines), count_frames(video.parent / "out.mp4")) == (4, 4)
     printed = capsys.readouterr()
     assert "stopped by Ctrl-C" in printed.err
     assert "4 frames in" in printed.out

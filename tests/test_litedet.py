@@ -22,11 +22,12 @@ from detection.models.build import build_detector
 from detection.models.litedet import LiteDet, LiteDetConfig
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig
-from detection.structures import Target
+from detection.structures import RawPredictions, Target
 from detection.training.config import DetectionConfig, loss_type
 from detection.training.litedet_loss import LiteDetLossConfig
 from detection.training.losses import TrainingStep
 from detection.training.ssd_loss import SSDLossConfig
+from detection.training.task_aligned import TaskAlignedConfig
 from detection.weights.info import DetectorInfo
 from detection.weights.native import read_detector, save_detector
 from detection.weights.start import adopt_network, start_from
@@ -43,6 +44,7 @@ def small_litedet(names: tuple[str, ...] = NAMES, seed: int = 0) -> tuple[LiteDe
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
     with torch.no_grad():
         for layer in (*model.head.box, *model.head.classes):
             layer.weight *= 20
@@ -87,7 +89,7 @@ def test_any_input_size_and_class_count(size: tuple[int, int], padding: str) -> 
 
 def test_width_and_depth_are_config_values() -> None:
     deeper = LiteDet(SMALL.replaced(neck_depth=2, head_depth=0, kernel_size=3, bins=4), 2)
-    assert len(deeper.neck.top_down[0]) == 2
+    assert len(deeper.neck.top_down[0].more) == 1  # type: ignore[arg-type, union-attr]
     assert deeper.config.box_coder().code_size == deeper.head.code_size == 16
     raw = deeper.eval()(torch.zeros(1, 3, 96, 128))
     assert raw.codes.shape[-1] == 16
@@ -98,6 +100,9 @@ def test_width_and_depth_are_config_values() -> None:
 def test_predictions_are_in_the_order_of_the_anchors() -> None:
     # One cell of one map is disturbed before the head; only the anchors around that cell may notice.
     model = LiteDet(LiteDetConfig(backbone=MobileNetV2Config(width=0.35), neck_width=8), 3).eval()
+    for module in model.head.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)  # shortcuts begin as the only way
     maps = [torch.zeros(1, 8, n, n) for n in (40, 20, 10, 5)]
     with torch.inference_mode():
         quiet = model.head(maps)[1]
@@ -131,6 +136,61 @@ def test_configs_that_make_no_sense(config: LiteDetConfig, message: str) -> None
         LiteDet(config, 2)
 
 
+def two_heads() -> LiteDet:
+    torch.manual_seed(0)
+    return LiteDet(SMALL.replaced(input_size=(128, 128), one_to_one=True), 3)
+
+
+def test_a_one_to_one_head_learns_from_maps_that_it_does_not_change() -> None:
+    model = two_heads()
+    A = len(model.anchors)
+    raw = model(torch.randint(0, 256, (2, 3, 128, 128), dtype=torch.uint8))
+    assert raw.codes.shape == (2, 2 * A, 32)
+    assert raw.class_logits.shape == (2, 2 * A, 3)
+    assert torch.equal(raw.anchors[:A], raw.anchors[A:])
+    raw.class_logits[:, A:].sum().backward()
+    moved = {
+        name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
+    assert moved
+    assert all(name.startswith("one_to_one_head.") for name in moved)
+
+
+def test_one_head_predicts_and_the_config_says_which() -> None:
+    model = two_heads().eval()
+    images = torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8)
+    with torch.no_grad():
+        model.one_to_one_head.classes[0].bias += 1.0  # type: ignore[index, operator, union-attr]
+        many = model(images)
+        model.config = model.config.replaced(predict_with="one_to_one")
+        one = model(images)
+    assert many.codes.shape == one.codes.shape == (1, len(model.anchors), 32)
+    assert (
+        one.class_logits[:, :256] - many.class_logits[:, :256]
+    ).mean() > 0.5  # the map at stride 8 has 16 x 16 cells
+    assert len(model.class_tensors()) == 2 * 2 * 4
+    with pytest.raises(ValueError, match=r"model\.one_to_one is False: there is no such head"):
+        LiteDet(SMALL.replaced(predict_with="one_to_one"), 3)
+
+
+def test_the_loss_of_two_heads_is_that_of_one_with_many_and_one_with_single_anchors() -> None:
+    model = two_heads()
+    images, *target = training_batch(4, 5)
+    raw = model(images)
+    A = len(model.anchors)
+    losses = LiteDetLossConfig(one_to_one_weight=0.5).build(model)(raw, Target(*target))
+    alone = LiteDet(SMALL.replaced(input_size=(128, 128)), 3)
+
+    def loss_of(part: slice, anchors_per_object: int) -> float:
+        config = LiteDetLossConfig(assigner=TaskAlignedConfig(anchors_per_object=anchors_per_object))
+        half = RawPredictions(raw.codes[:, part], raw.class_logits[:, part], raw.anchors[part])
+        return config.build(alone)(half, Target(*target))["loss"].item()
+
+    many, one = loss_of(slice(None, A), 13), loss_of(slice(A, None), 1)
+    assert losses["loss_one_to_one"].item() == pytest.approx(0.5 * one, rel=1e-5)
+    assert losses["loss"].item() == pytest.approx(many + 0.5 * one, rel=1e-5)
+
+
 def test_loss_and_network_must_fit() -> None:
     config = DetectionConfig(model=LiteDetConfig(), loss=SSDLossConfig(classification="focal"))
     with pytest.raises(ValueError, match=r"loss\.kind ssd trains SSD's box codes, which a model of kind litedet"):
@@ -145,19 +205,19 @@ def test_loss_and_network_must_fit() -> None:
         loss_type({"kind": "detr"})
 
 
-def small_step(num_classes: int = 3) -> TrainingStep:
-    model = LiteDet(SMALL.replaced(input_size=(128, 128)), num_classes)
+def small_step(num_classes: int = 3, one_to_one: bool = False) -> TrainingStep:
+    model = LiteDet(SMALL.replaced(input_size=(128, 128), one_to_one=one_to_one), num_classes)
     return TrainingStep(model, LiteDetLossConfig().build(model))
 
 
-@pytest.mark.parametrize("num_objects", [0, 5])
-def test_a_step_on_fake_cuda_makes_no_round_trip(num_objects: int) -> None:
+@pytest.mark.parametrize(("num_objects", "one_to_one"), [(0, False), (5, False), (5, True)])
+def test_a_step_on_fake_cuda_makes_no_round_trip(num_objects: int, one_to_one: bool) -> None:
     # Under FakeTensorMode nonzero(), .item() and a tensor left on the host raise; no GPU is needed.
     with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"):
-        losses = small_step()(*training_batch(4, num_objects, "cuda"))
+        losses = small_step(3, one_to_one)(*training_batch(4, num_objects, "cuda"))
         assert losses["loss"].device.type == "cuda"
     with FakeTensorMode(allow_non_fake_inputs=False):  # the way back runs without a GPU on another device alone
-        small_step()(*training_batch(4, num_objects))["loss"].backward()
+        small_step(3, one_to_one)(*training_batch(4, num_objects))["loss"].backward()
 
 
 @pytest.mark.slow

@@ -245,6 +245,8 @@ def test_sampler() -> None:
     assert [epoch for epoch, _ in order] == [3] * 11
     assert sorted(position for _, position in order) == list(range(11))
     assert list(one) == order
+    one.set_epoch(3, first_key=4)
+    assert list(one) == order[4:]
     one.set_epoch(4)
     assert [position for _, position in one] != [position for _, position in order]
 
@@ -261,11 +263,29 @@ def test_sampler() -> None:
         EpochSampler(11, training=True, rank=4, world_size=4)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_begins_in_its_middle_without_decoding_what_is_before(folder: Path, num_workers: int) -> None:
+    loader = build_loader(training(folder, ssd_augment()), batch_size=2, num_workers=num_workers, seed=1)
+    loader.set_epoch(1)
+    whole = list(loader)
+    kept = {int(number) for batch in whole[4:] for number in batch.image_ids}
+    for number in range(12):
+        if 100 + number not in kept:
+            (folder / f"{number}.jpg").unlink()
+    loader.set_epoch(1, first_batch=4)
+    rest = list(loader)
+    assert (len(whole), len(rest), len(loader)) == (6, 2, 6)
+    for a, b in zip(whole[4:], rest, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.boxes, b.boxes)
+        assert not b.skipped
+
+
 def epochs(dataset: DetectionDataset, num_workers: int) -> list[list[Batch]]:
     loader = build_loader(dataset, batch_size=5, num_workers=num_workers, seed=1)
     result = []
     for epoch in (0, 1):
-        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        loader.set_epoch(epoch)
         result.append(list(loader))
     return result
 

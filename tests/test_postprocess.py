@@ -45,6 +45,17 @@ def test_suppression_is_within_a_class() -> None:
     assert ([1, 0, 11, 10], 0.6, 0) in run(loose, logits)
 
 
+def test_a_threshold_of_one_suppresses_nothing() -> None:
+    logits = softmax_logits((0.8, 0.01), (0.6, 0.3), (0.02, 0.9))
+    anchors = ANCHORS[[0, 0, 2]]  # the same box twice
+    config = PostprocessConfig(score_threshold=0.05, nms_threshold=1.0)
+    cats = [(score, label) for _, score, label in run(config, logits, anchors)]
+    assert cats == [(0.9, 1), (0.8, 0), (0.6, 0), (0.3, 1)]
+    assert run(PostprocessConfig(score_threshold=0.05, nms_threshold=1.0, max_detections=1), logits) == [
+        ([50, 50, 70, 90], 0.9, 1)
+    ]
+
+
 def test_limits() -> None:
     logits = softmax_logits((0.8, 0.01), (0.6, 0.3), (0.02, 0.9))
     assert run(PostprocessConfig(max_detections=1), logits) == [([50, 50, 70, 90], 0.9, 1)]
@@ -143,12 +154,13 @@ def drawn(B: int, A: int = 200, C: int = 5) -> RawPredictions:
 
 
 @pytest.mark.parametrize("at_once", [1, 500, 10_000])
+@pytest.mark.parametrize("nms_threshold", [0.55, 1.0])
 @pytest.mark.parametrize(("limit", "background"), [(300, True), (7, False)])
 def test_the_road_of_a_gpu_finds_the_same(
-    monkeypatch: pytest.MonkeyPatch, at_once: int, limit: int, background: bool
+    monkeypatch: pytest.MonkeyPatch, at_once: int, limit: int, background: bool, nms_threshold: float
 ) -> None:
     monkeypatch.setattr(postprocess, "_AT_ONCE", at_once)
-    config = PostprocessConfig(score_threshold=0.3, candidates=250, max_detections=limit)
+    config = PostprocessConfig(score_threshold=0.3, nms_threshold=nms_threshold, candidates=250, max_detections=limit)
     post = Postprocess(config, SSDBoxCoder(), "sigmoid", background)
     raw = drawn(5)
     raw.class_logits[1] = -9.0  # nothing in one image, less than the limit in another

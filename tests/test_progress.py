@@ -87,12 +87,13 @@ def record_of(epoch: int) -> dict[str, Any]:
 
 def write_epoch(run_dir: Path, *, runtime: Runtime = CPU, first_epoch: int = 0) -> None:
     history = [record_of(epoch + 1) for epoch in range(first_epoch)]
-    with RunLog(run_dir, runtime, 2, 20, 10 * first_epoch, history) as run_log:
+    with RunLog(run_dir, runtime, 2, 20, 10 * first_epoch, history, 10 * first_epoch) as run_log:
         for epoch in range(first_epoch, 2):
             run_log.start_epoch(epoch, 10)
             for _ in range(10):
                 run_log.advance()
             run_log.window(epoch, 10 * (epoch + 1), reading_of(2.0), {"x1": 0.1})
+            run_log.evaluation(record_of(epoch + 1)["metrics"], 10 * (epoch + 1))
             run_log.end_epoch(record_of(epoch + 1), reading_of(2.0), shown_metric="AP")
 
 

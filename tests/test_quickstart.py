@@ -40,8 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     monkeypatch.setattr(train_det, "main", fake("train_det", SimpleNamespace(best_path=Path("some/best.pt"))))
     figures = {"AP": 0.6543219, "AP50": 0.91, "AP75": 0.7}
     monkeypatch.setattr(eval_det, "main", fake("eval_det", SimpleNamespace(figures=figures)))
-    for module in (quickstart, predictor):
-        monkeypatch.setattr(module, "load_detector", lambda *_, **__: nothing_but_a_star)
+    monkeypatch.setattr(predictor, "load_detector", lambda *_, **__: nothing_but_a_star)
     return calls
 
 

@@ -247,3 +247,35 @@ def test_two_processes_by_torchrun(drawn: DetectionSet, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 1  # one process writes
     assert figures["AP"] == pytest.approx(lines[0]["AP"] if "AP" in lines[0] else lines[0]["metrics"]["AP"], abs=1e-3)
+
+
+_DYING = """
+import os, signal, sys
+from detection.cli.train import main
+from detection.engine import loop
+update = loop._Loop._update
+def dies(self):
+    update(self)
+    if self.state.step == 4 and self.runtime.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+loop._Loop._update = dies
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_of_two_that_is_killed_ends_the_other_one(drawn: DetectionSet, tmp_path: Path) -> None:
+    script = tmp_path / "dying.py"
+    script.write_text(_DYING)
+    more = ["--train.epochs", "2", "--train.checkpoint-every-steps", "1"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
+            *(str(script), *command(drawn, tmp_path / "run", *more)),
+        ],
+        capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] in (3, 4)

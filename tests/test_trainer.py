@@ -4,10 +4,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed as dist
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.tensorboard import SummaryWriter
@@ -39,6 +41,7 @@ class Points:
     y: Tensor
     skipped: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
+    image_ids: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.x)
@@ -50,6 +53,10 @@ class Points:
         return replace(self, x=self.x.to(device), y=self.y.to(device))
 
 
+class Killed(BaseException):
+    """The process ends here, with nothing done any more."""
+
+
 class Loader:
     """Batches of a fixed set of points, shuffled by epoch; process ``rank`` gets its part of every batch."""
 
@@ -58,20 +65,28 @@ class Loader:
         self.batch_size = batch_size
         self.rank, self.world_size = rank, world_size
         self.epochs: list[int] = []
+        self.left_out: int | None = None  # a batch that does not come
+        self.poisoned: int | None = None  # a batch of numbers that are none
         self.skipped: dict[int, list[str]] = {}
         self.damaged: dict[int, list[str]] = {}
 
-    def set_epoch(self, epoch: int) -> None:
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
         self.epochs.append(epoch)
+        self.first_batch = first_batch
 
     def __len__(self) -> int:
-        return len(self.x) // self.batch_size
+        return len(self.x) // self.batch_size - (self.left_out is not None)
 
     def __iter__(self) -> Iterator[Points]:
         order = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(self.epochs[-1]))
-        for i in range(len(self)):
+        for i in range(self.first_batch, len(self.x) // self.batch_size):
+            if i == self.left_out:
+                continue
             rows = order[i * self.batch_size : (i + 1) * self.batch_size].chunk(self.world_size)[self.rank]
-            yield Points(self.x[rows], self.y[rows], self.skipped.get(i, []), self.damaged.get(i, []))
+            if i == self.poisoned:
+                yield Points(self.x[rows] * math.nan, self.y[rows], image_ids=rows)
+                continue
+            yield Points(self.x[rows], self.y[rows], self.skipped.get(i, []), self.damaged.get(i, []), rows)
 
 
 class SquaredDistance(nn.Module):
@@ -83,8 +98,10 @@ class SquaredDistance(nn.Module):
         self.broken_from: int | None = None  # first call with a broken result
         self.broken: Literal["loss", "gradient"] = "loss"
         self.calls = 0
+        self.before_call: Any = lambda: None
 
     def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        self.before_call()
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         count = torch.tensor(float(len(x)))
         if world_size > 1:
@@ -143,9 +160,12 @@ class PointsTask:
         assert not model.training
         self.num_evaluations += 1
         if self.num_evaluations == self.stop_in_evaluation:
-            raise KeyboardInterrupt
+            raise Killed
         score = -float((model(self.x) - self.y).square().mean())
         return {"score": self.scores[self.num_evaluations - 1] if self.scores else score, "other": 1.0}
+
+    def image_names(self, image_ids: Sequence[int]) -> list[str]:
+        return [f"{number}.jpg" for number in image_ids]
 
     def checkpoint_extra(self) -> dict[str, Any]:
         return {"class_names": ["point"], "mean": torch.zeros(3)}
@@ -311,23 +331,76 @@ def test_best_weights_are_the_average(tmp_path: Path) -> None:
         assert result.metrics["score"] == pytest.approx(-float((averaged(task.x) - task.y).square().mean()), rel=1e-5)
 
 
-def test_loss_that_breaks_stops_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_batch_without_a_finite_loss_is_named_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, amp: Literal["off", "fp16"]
+) -> None:
+    """Weights, running statistics and mean losses are those of a training that never saw it."""
+
+    def task_with(poisoned: bool) -> PointsTask:
+        torch.manual_seed(5)
+        task = PointsTask(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)), num_points=12)
+        if poisoned:
+            task.loader.poisoned = 1
+        else:
+            task.loader.left_out = 1
+        return task
+
+    bad, good = task_with(poisoned=True), task_with(poisoned=False)
+    config = config_of(epochs=1, amp=amp, ema=EmaConfig(enabled=False), log_every=2)
+    run(bad, config, tmp_path / "bad")
+    state = bad.model.state_dict()
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))[4:8].tolist()
+    named = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    images = ", ".join(f"{number}.jpg" for number in order)
+    assert named == [f"left out a batch, its loss is infinite or not a number: {images}"]
+    assert load_checkpoint(tmp_path / "bad" / "last.pt")["training"]["num_left_out"] == 1
+
+    run(good, config, tmp_path / "good")
+    expected = good.model.state_dict()
+    for tensors in (state, expected):
+        del tensors["0.num_batches_tracked"]
+    torch.testing.assert_close(state, expected)
+    assert losses_of(tmp_path / "bad") == pytest.approx(losses_of(tmp_path / "good"))
+
+
+def test_too_many_such_batches_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     task = PointsTask()
-    task.step.broken_from = 3  # the second batch of the second epoch
-    message = r"no longer finite \(loss, error\) in epoch 2, in the 2 batches up to step 4; lower --train\.optim\.lr"
+    task.step.broken_from, task.step.broken = 3, "gradient"  # from the second batch of the second epoch
+    message = r"3 batches of this run had a loss .* more than --train\.max-left-out 2; this is epoch 3, step 6\. Lower"
     with pytest.raises(FloatingPointError, match=message):
-        run(task, config_of(epochs=3, log_every=20), tmp_path / "run")
+        run(task, config_of(epochs=9, log_every=20, max_left_out=2), tmp_path / "run")
     last = load_checkpoint(tmp_path / "run" / "last.pt")
-    assert last["epoch"] == 1
+    assert last["epoch"] == 2
     assert last["weights"]["weight"].isfinite().all()
+    assert caplog.text.count("left out a batch, its gradient is infinite or not a number: ") == 3
 
 
-def test_weights_that_break_in_the_last_step_are_not_saved(tmp_path: Path) -> None:
+def test_weights_that_break_are_not_saved(tmp_path: Path) -> None:
     task = PointsTask()
-    task.step.broken_from, task.step.broken = 3, "gradient"
-    with pytest.raises(FloatingPointError, match=r"weights are no longer finite at the end of epoch 2, after step 4"):
-        run(task, config_of(epochs=3), tmp_path / "run")
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 1
+    with torch.no_grad():
+        task.model.weight.fill_(1e38)
+    task.step.forward = lambda x, y: {"loss": (task.model.weight * -1.0).sum()}  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match=r"weights are no longer finite in epoch 1, after step 2"):
+        run(task, config_of(optim=plain_optim(lr=3e38)), tmp_path / "run")
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), None])
+def test_full_memory_names_the_settings(tmp_path: Path, error: Exception | None) -> None:
+    task = PointsTask()
+
+    def fill() -> None:
+        if error is not None:
+            raise error
+        torch.empty(1 << 60, dtype=torch.uint8)
+
+    task.step.before_call = fill
+    with pytest.raises(
+        UserError, match=r"memory is full: lower --train\.batch-size \(now 4; 2 with --train\.accumulate 2"
+    ):
+        run(task, config_of(), tmp_path / "run")
 
 
 def test_first_result_that_is_a_number_beats_nan(tmp_path: Path) -> None:
@@ -364,7 +437,7 @@ def test_resumed_run_equals_one_that_was_not_stopped(tmp_path: Path) -> None:
 
     stopped = deep_task()
     stopped.stop_in_evaluation = 3
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         run(stopped, deep_config(), tmp_path / "stopped")
     with (tmp_path / "stopped" / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 3, "left by": "a run that ended after this line and before its checkpoint"}\n')
@@ -380,6 +453,126 @@ def test_resumed_run_equals_one_that_was_not_stopped(tmp_path: Path) -> None:
     assert again.best_epoch == result.best_epoch
     assert again.best_metric == pytest.approx(result.best_metric, abs=1e-6)
     assert losses_of(tmp_path / "stopped") == pytest.approx(losses_of(tmp_path / "straight"), abs=1e-6)
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """Where two trees of tensors and plain data differ, if only in one bit."""
+    if isinstance(a, Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [place]
+    if isinstance(a, dict):
+        found = [] if a.keys() == b.keys() else [f"{place}: {a.keys() ^ b.keys()}"]
+        return found + [text for key in a.keys() & b.keys() for text in differences(a[key], b[key], f"{place}.{key}")]
+    if isinstance(a, (list, tuple)) and len(a) == len(b):
+        return [text for i in range(len(a)) for text in differences(a[i], b[i], f"{place}[{i}]")]
+    return [] if a == b else [f"{place}: {a!r} and {b!r}"]
+
+
+def everything_of(run_dir: Path) -> tuple[Any, list[Any], dict[str, Any]]:
+    """All that must not depend on where a run was stopped: checkpoint, losses of the epochs, curves of TensorBoard."""
+    content = load_checkpoint(run_dir / "last.pt")
+    training = {name: content["training"][name] for name in ("model", "ema", "optimizer", "schedule", "scaler")}
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == list(range(1, len(records) + 1))
+    names = ("epoch", "step", "lr", "losses", "metrics", "best")
+    kept = [{name: record[name] for name in names} for record in records]
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    curves = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if not tag.startswith("speed/")
+    }
+    return (
+        {"weights": content["weights"], "step": content["step"], "metrics": content["metrics"], **training},
+        kept,
+        curves,
+    )
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    ours, theirs = everything_of(one), everything_of(other)
+    assert differences(ours[0], theirs[0]) == []
+    assert ours[1:] == theirs[1:]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_killed_at_every_step(tmp_path: Path, accumulate: int) -> None:
+    """One training of 4 epochs of 3 batches that dies in each of its batches, dropout and augmented order included."""
+
+    def config(**changes: Any) -> TrainConfig:
+        return deep_config(checkpoint_every_steps=1, log_every=2, accumulate=accumulate, **changes)
+
+    run(deep_task(), config(), tmp_path / "straight")
+    deaths = 0
+    while True:
+        task, torch_seed = deep_task(), 77 + deaths
+        torch.manual_seed(torch_seed)  # a new process begins elsewhere
+        batches = []
+
+        def die(batches: list[int] = batches) -> None:
+            batches.append(0)
+            if len(batches) == accumulate + 1:
+                raise Killed
+
+        task.step.before_call = die
+        try:
+            run(task, config(resume=deaths > 0), tmp_path / "killed")
+        except Killed:
+            # TensorBoard reads the files by the second in their name, and many of these fall into one
+            (events,) = (tmp_path / "killed" / "tensorboard").glob(f"*.{os.getpid()}.*")
+            events.rename(events.with_name(f"events.out.tfevents.{deaths:010d}"))
+            deaths += 1
+        else:
+            break
+    assert deaths == (11 if accumulate == 1 else 7)
+    assert_same_run(tmp_path / "killed", tmp_path / "straight")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", ["step", "last step", "evaluation"])
+def test_signals_end_the_step_and_keep_it(tmp_path: Path, number: signal.Signals, at: str) -> None:
+    run(deep_task(), deep_config(log_every=2), tmp_path / "straight")
+    stopped, calls = deep_task(), []
+
+    def send() -> None:
+        calls.append(0)
+        if len(calls) == {"step": 2, "last step": 3}.get(at):
+            signal.raise_signal(number)
+
+    stopped.step.before_call = send
+    if at == "evaluation":
+        evaluate = stopped.evaluate
+        stopped.evaluate = lambda model: signal.raise_signal(number) or evaluate(model)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as ended:
+        run(stopped, deep_config(log_every=2), tmp_path / "stopped")
+    assert getattr(ended.value, "status", 130) == 128 + number
+    assert signal.getsignal(number) == before
+    content = load_checkpoint(tmp_path / "stopped" / "last.pt")
+    done = 2 if at == "step" else 3
+    assert (content["epoch"], content["step"], content["training"]["batch"]) == (0, done, done)
+    run(deep_task(), deep_config(log_every=2, resume=True), tmp_path / "stopped")
+    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+
+
+def test_a_second_signal_does_not_wait_for_the_step(tmp_path: Path) -> None:
+    task = PointsTask()
+    task.step.before_call = lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        run(task, config_of(), tmp_path / "run")
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_checkpoints_by_time(tmp_path: Path) -> None:
+    task = PointsTask()
+    seen: list[int] = []
+
+    def look() -> None:
+        if (tmp_path / "run" / "last.pt").exists():
+            seen.append(load_checkpoint(tmp_path / "run" / "last.pt")["step"])
+
+    task.step.before_call = look
+    run(task, config_of(checkpoint_every_minutes=1e-9), tmp_path / "run")
+    assert seen == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -402,7 +595,7 @@ def test_memory_format_does_not_change_the_training(tmp_path: Path, name: Litera
     plain, last, resumed = task(), task(), task()
     run(plain, config(channels_last=False), tmp_path / "plain")
     last.stop_in_evaluation = 2
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         run(last, config(), tmp_path / "last")
     run(resumed, config(resume=True), tmp_path / "last")
     assert resumed.model[2].weight.is_contiguous(memory_format=torch.channels_last)
@@ -432,6 +625,19 @@ def test_folder_with_a_run_is_not_written_over(tmp_path: Path) -> None:
 def test_nothing_to_resume(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"last\.pt is not there, so there is nothing to resume"):
         run(PointsTask(), config_of(resume=True), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_start_that_is_repeated_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """With the command line of the first start: without and with a checkpoint, ``resume`` off and on."""
+    monkeypatch.setenv(name, "1")
+    run(PointsTask(), config_of(resume=True), tmp_path / "run")
+    task = PointsTask()
+    run(task, config_of(), tmp_path / "run")
+    assert task.loader.epochs == []
+    monkeypatch.setenv(name, "0")
+    with pytest.raises(UserError, match="already holds a run"):
+        run(PointsTask(), config_of(), tmp_path / "run")
 
 
 def test_best_weights_cannot_be_resumed(tmp_path: Path) -> None:
@@ -480,7 +686,7 @@ def test_checkpoint_of_the_layout_before_is_resumed(tmp_path: Path) -> None:
     straight = run(PointsTask(), config_of(epochs=3), tmp_path / "straight")
     stopped = PointsTask()
     stopped.stop_in_evaluation = 3
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         run(stopped, config_of(epochs=3), tmp_path / "run")
     content = load_checkpoint(tmp_path / "run" / "last.pt")
     for name in ("asked", "data", "world_size", "batch", "readings", "history"):
@@ -498,7 +704,7 @@ def test_the_record_is_whole_again_after_a_kill(
 ) -> None:
     stopped = PointsTask()
     stopped.stop_in_evaluation = 3
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         run(stopped, config_of(epochs=3), tmp_path / "run")
     path = tmp_path / "run" / "metrics.jsonl"
     first, second = path.read_text().splitlines()
@@ -555,7 +761,7 @@ run(PointsTask(), config_of(resume=len(sys.argv) > 2), run_dir)
 def test_full_disk_names_the_file_and_keeps_the_old_one(tmp_path: Path) -> None:
     stopped = PointsTask()
     stopped.stop_in_evaluation = 2
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         run(stopped, config_of(), tmp_path / "run")
     before = (tmp_path / "run" / "last.pt").read_bytes()
     done = subprocess.run(

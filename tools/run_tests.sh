@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The gate, the same for a person and for CI: format, lint, types, import contract, tests. Options go to pytest:
 #   bash tools/run_tests.sh -m "not slow"
+#   bash tools/run_tests.sh -n 0 -x --pdb tests/test_boxes.py    in one process, for a debugger
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/environment.sh
@@ -17,14 +18,12 @@ step ruff check .
 step mypy
 step lint-imports
 
-# Each file in a process of its own: compiled code and the native libraries of the backends (ONNX Runtime, OpenVINO) that one
-# file loads cannot bring down the tests of another, and what ends a process is known by its file.
-failed=""
-for file in tests/test_*.py; do
-    echo "== pytest $file $*"
-    status=0
-    pytest -q "$file" "$@" || status=$?
-    # 5: none of the file's tests was chosen by the options
-    [ "$status" = 0 ] || [ "$status" = 5 ] || failed="$failed $file (status $status)"
-done
-[ -z "$failed" ] || fail "tests failed in:$failed"
+# A process for each core, up to four (each needs about 2 GB), with one thread each: more threads than cores wait for each other.
+# The tests of a file stay in one process, which shares what they export and train. Where a process dies, pytest names the test
+# (and would, unless told otherwise, run the file that killed it again and again).
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export PYTEST_XDIST_AUTO_NUM_WORKERS="${PYTEST_XDIST_AUTO_NUM_WORKERS:-$(python -c '
+import os
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+print(min(cores, 4))')}"
+step pytest -q -n auto --dist loadfile --max-worker-restart 0 "$@"

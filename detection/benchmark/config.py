@@ -9,9 +9,9 @@ from typing import Annotated, Literal, get_args
 import tyro
 
 from backbones.errors import UserError
-from detection.inference.runners import Backend
 
-Stage = Literal["predict", "backends", "postprocess", "train", "busy", "loader", "open", "evaluate"]
+Backend = Literal["torch", "compile", "onnxruntime", "openvino"]  # those of inference.runners, which loads torch
+Stage = Literal["predict", "backends", "postprocess", "train", "detectors", "busy", "loader", "open", "evaluate"]
 NUM_IMAGES = 96  # read from --images, or drawn
 _PACKAGES: dict[Backend, tuple[str, ...]] = {
     "torch": (),
@@ -43,7 +43,7 @@ class BenchmarkConfig:
     rounds: int = 21
     """Runs of each side in the short stages. The long stages take a third of it, opening at most five, AP two."""
     backends: tuple[Backend, ...] = ("compile", "onnxruntime", "openvino")
-    """Backends of the stage "backends". The last two need pip install 'litedet[export]'."""
+    """Backends of the stages "backends" and "detectors". The last two need pip install 'litedet[export]'."""
     batch_size: int = 24
     """Images per batch in the stages train, busy and loader."""
     open_images: Annotated[int, tyro.conf.arg(aliases=["--open-pictures"])] = 118_287
@@ -66,8 +66,8 @@ class BenchmarkConfig:
             raise UserError(f"--batch-size {self.batch_size} is more than the {NUM_IMAGES} images that are read")
         if (self.images is None) != (self.annotations is None):
             raise UserError("--images and --annotations go together: a folder and the COCO json of its images")
-        if "backends" in self.stages:
-            if not self.backends:
+        if {"backends", "detectors"} & set(self.stages):
+            if "backends" in self.stages and not self.backends:
                 raise UserError("the stage backends needs at least one of --backends")
             for backend in self.backends:
                 for package in _PACKAGES[backend]:

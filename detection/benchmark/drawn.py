@@ -1,6 +1,7 @@
 """Annotation files and detections of COCO's size, drawn: what opening and evaluating them costs does not depend on what they
 show."""
 
+import math
 from pathlib import Path
 
 import msgspec
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from detection.data.coco import CocoIndex
+from detection.models.litedet import LiteDet
 from detection.models.ssdlite import SSDLite
 
 NUM_CLASSES = 80
@@ -120,16 +122,16 @@ def draw_detections(index: CocoIndex, per_image: int = 100, seed: int = 0) -> tu
 
 
 @torch.no_grad()
-def draw_weights(model: SSDLite, images: Tensor, seed: int = 0) -> None:
+def draw_weights(model: SSDLite | LiteDet, images: Tensor, seed: int = 0) -> None:
     """Random weights under which a detector's scores are spread as after a training, in place.
 
     An untrained head gives every class about the same score, which is the most expensive case for a loop over classes. Here the
     batch norms have the statistics of the given images, the class logits of an anchor vary with a standard deviation of 1.5
-    and the background leads the sum of the classes by 4 in logits: so it was after a short training on COCO images,
-    where 3 to 5 % of all (anchor, class) pairs scored above 0.001.
+    and, with softmax, the background leads the sum of the classes by 4 in logits: so it was after a short training on COCO
+    images, where 3 to 5 % of all (anchor, class) pairs scored above 0.001. With sigmoid scores the bias leaves 4 % above that.
 
     Args:
-        model: softmax scores.
+        model: SSDLite with softmax scores, or LiteDet.
         images: uint8 [B, 3, H, W], at least four.
         seed: of the weights of the class outputs.
     """
@@ -145,12 +147,15 @@ def draw_weights(model: SSDLite, images: Tensor, seed: int = 0) -> None:
     model.eval()
     for output in model.head.class_outputs():
         assert output.bias is not None
-        columns = model.head.num_columns
         output.weight.normal_(generator=generator)
         # ReLU6 of a normal variable has a mean square of about a half.
         output.weight.mul_(1.5 * (2 / output.in_channels) ** 0.5)
-        output.bias.zero_()
-        # The log of the sum of exp over K normal logits of deviation s is about log K + s * s / 2.
-        lead = 4.0 + float(np.log(model.num_classes)) + 1.5**2 / 2
-        output.bias.view(-1, columns)[:, 0] = lead
+        if isinstance(model, SSDLite):
+            output.bias.zero_()
+            # The log of the sum of exp over K normal logits of deviation s is about log K + s * s / 2.
+            lead = 4.0 + float(np.log(model.num_classes)) + 1.5**2 / 2
+            output.bias.view(-1, model.head.num_columns)[:, 0] = lead
+        else:
+            # A normal variable lies 1.75 deviations above its mean in 4 % of all cases.
+            output.bias.fill_(math.log(0.001 / 0.999) - 1.75 * 1.5)
     model.train(was_training)

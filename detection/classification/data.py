@@ -156,12 +156,14 @@ class ClassifiedImage(NamedTuple):
         label: 0 .. K-1.
         skipped: "path: reason" of every unreadable image in whose place this one stands.
         damaged: "path: what the decoder says" of an image that decoded to partly wrong pixels; "" for all others.
+        position: of the image in its folder.
     """
 
     image: NDArray[np.uint8] | None
     label: int
     skipped: tuple[str, ...] = ()
     damaged: str = ""
+    position: int = 0
 
 
 class ClassificationDataset(Dataset[ClassifiedImage]):
@@ -197,7 +199,7 @@ class ClassificationDataset(Dataset[ClassifiedImage]):
             label = int(self.folder.labels[place])
             damaged = f"{encoded.path}: {encoded.damage}" if encoded.damage else ""
             changed = self.transform(image, epoch, place)
-            return ClassifiedImage(changed, label, tuple(dict.fromkeys(skipped)), damaged)
+            return ClassifiedImage(changed, label, tuple(dict.fromkeys(skipped)), damaged, place)
         if self.training:
             raise UnreadableImageError(f"{len(skipped)} images in a row cannot be read; the first: {skipped[0]}")
         return ClassifiedImage(None, int(self.folder.labels[position]), tuple(skipped))
@@ -210,12 +212,14 @@ class ClassificationBatch:
     Attributes:
         images: uint8 [B, 3, H, W], RGB, channels-last in memory.
         labels: int64 [B].
+        image_ids: int64 [B], positions in the folder; they stay on the host.
         skipped: "path: reason" of every image that could not be read while this batch was made.
         damaged: "path: what the decoder says" of every image in it that decoded to partly wrong pixels.
     """
 
     images: Tensor
     labels: Tensor
+    image_ids: Tensor
     skipped: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
 
@@ -243,6 +247,7 @@ def collate(samples: Sequence[ClassifiedImage]) -> ClassificationBatch:
     return ClassificationBatch(
         images=torch.from_numpy(images).permute(0, 3, 1, 2),
         labels=torch.tensor([label for _, label in kept], dtype=torch.int64),
+        image_ids=torch.tensor([sample.position for sample in samples if sample.image is not None], dtype=torch.int64),
         skipped=[reason for sample in samples for reason in sample.skipped],
         damaged=[sample.damaged for sample in samples if sample.damaged],
     )

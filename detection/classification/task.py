@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import cv2
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from backbones.classifier import Classifier, ClassifierConfig
@@ -34,6 +33,7 @@ from detection.classification.step import ClassificationStep
 from detection.engine.checkpoint import load_checkpoint
 from detection.engine.plain import differences, from_plain
 from detection.engine.runtime import Runtime, seed_everything
+from detection.engine.workers import BatchLoader
 from detection.images.draw import image_grid
 from detection.weights.hub import locate
 from detection.weights.native import DetectorFile, read_file
@@ -138,7 +138,7 @@ class ClassificationTask:
         digest.update(folder.labels.tobytes())
         return {"images": len(folder), "content": digest.hexdigest()[:16]}
 
-    def train_loader(self) -> DataLoader[Any]:
+    def train_loader(self) -> BatchLoader[Any]:
         return self._train_loader
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -157,6 +157,10 @@ class ClassificationTask:
         for text in skipped:
             _log.warning("left out of the accuracy, it cannot be read: %s", text)
         return accuracy.scalars()
+
+    def image_names(self, image_ids: Sequence[int]) -> list[str]:
+        """The files of training images, below the folder."""
+        return [str(self._train_folder.path(position)) for position in image_ids]
 
     def checkpoint_extra(self) -> dict[str, Any]:
         info = self.weights_info()

@@ -7,23 +7,20 @@ $ litedet benchmark --count               parameters, multiply-adds and activati
 $ litedet benchmark --scale               what the size of a dataset does to the cost of an image
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import cv2
-import torch
 import tyro
 
-from detection.benchmark import scale
-from detection.benchmark.chart import draw_chart
 from detection.benchmark.config import BenchmarkConfig
-from detection.benchmark.count import print_counts
-from detection.benchmark.environment import environment
-from detection.benchmark.inputs import find_images, open_inputs
-from detection.benchmark.stages import STAGES
-from detection.benchmark.timing import Comparison, row
 from detection.engine.errors import main_errors
-from detection.evaluation.table import write_json
+
+if TYPE_CHECKING:
+    from detection.benchmark.timing import Comparison
 
 
 @dataclass(kw_only=True, slots=True)
@@ -39,6 +36,14 @@ class BenchmarkResult:
 def main(argv: Sequence[str] | None = None) -> BenchmarkResult:
     config = tyro.cli(BenchmarkConfig, args=argv, description=__doc__)
     config.validate()
+
+    import torch  # here, because it takes seconds to load
+
+    from detection.benchmark import scale
+    from detection.benchmark.count import print_counts
+    from detection.benchmark.environment import environment
+    from detection.benchmark.inputs import find_images
+
     torch.set_num_threads(config.threads)
     cv2.setNumThreads(config.threads)
     result = BenchmarkResult(environment=environment(config.threads))
@@ -53,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> BenchmarkResult:
 
 
 def _run_stages(config: BenchmarkConfig, result: BenchmarkResult) -> None:
+    from detection.benchmark.chart import draw_chart
+    from detection.benchmark.inputs import open_inputs
+    from detection.benchmark.stages import STAGES
+    from detection.benchmark.timing import row
+    from detection.evaluation.table import write_json
+
     inputs = open_inputs(config)
     result.notes = inputs.notes
     for stage in config.stages:

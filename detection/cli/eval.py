@@ -1,6 +1,7 @@
 """Measure a detector's COCO AP on images with a COCO json.
 
 $ litedet eval RUN/best.pt --annotations FILE --images DIR --json OUT.json
+$ litedet eval RUN/best.pt --annotations FILE --images DIR --report DIR --against OTHER.pt
 $ litedet eval --from-predictions FILE --annotations FILE
 """
 
@@ -13,22 +14,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import tyro
 
 from backbones.errors import UserError
 from detection.cli.outputs import refuse_overwrites
 from detection.engine.errors import main_errors
+from detection.engine.streams import LineHandler
 from detection.images.decode import MAX_PIXELS
 
+DRAWN_SCORE = (
+    0.25  # detections of a class without a threshold of its own are drawn from here on, as ``load_detector`` does
+)
+
 if TYPE_CHECKING:  # what loads torch is imported when the command line is parsed
+    from detection.data.coco import CocoIndex
+    from detection.data.dataset import DetectionDataset
     from detection.evaluation.coco_ap import EvaluationResult
+    from detection.evaluation.compare import Comparison
+    from detection.evaluation.errors import Outcomes
     from detection.evaluation.run import EvaluationTiming
+    from detection.evaluation.table import DetectionTable
 
 
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
     checkpoint: tyro.conf.Positional[Path | None] = None
-    """A training's best.pt, a detector's .safetensors, or a published name (litedet convert-weights --list)."""
+    """A training's best.pt, a detector's .safetensors, a file of litedet export (.onnx, .xml, .tflite, .pt2), or a published
+    name (litedet convert-weights --list)."""
     annotations: Path
     """A COCO json. Its classes are matched with the detector's by name; it may have fewer."""
     images: Path | None = None
@@ -44,6 +57,17 @@ class EvalConfig:
     """Write the twelve figures, AP per class and the speed here."""
     predictions: Path | None = None
     """Write the detections here, as a COCO result json."""
+    report: Path | None = None
+    """Write a report here, report.html in this folder: curves, errors and what they cost, confusion, the worst mistakes as
+    images. One file that opens from disk."""
+    against: Path | None = None
+    """Compare with another detector, or with a COCO result json, on the same images, with 95% intervals: printed, and in
+    the report."""
+    against_runner: Literal["torch", "compile", "onnxruntime", "openvino"] | None = None
+    """What runs the network of --against. None: what --runner says."""
+    write_thresholds: Path | None = None
+    """Write the detector here, as .safetensors, with the threshold of each class at which its F1 is highest. Predictor
+    and video then draw from there on where no score is given."""
     classes: tuple[str, ...] = ()
     """Evaluate these classes alone, by name. None given: all."""
     backend: Literal["faster", "pycocotools"] = "faster"
@@ -76,6 +100,17 @@ class EvalConfig:
             raise UserError(
                 "--predictions writes what a checkpoint finds; with --from-predictions there is nothing new"
             )
+        if self.against is not None and self.against.suffix == ".json" and not self.against.is_file():
+            raise UserError(f"--against {self.against}: there is no such file; a COCO result json is expected")
+        if self.against_runner is not None and (self.against is None or self.against.suffix == ".json"):
+            raise UserError("--against-runner says what runs the network of --against CHECKPOINT; there is none")
+        if self.against is not None and self.against.suffix != ".json" and self.images is None:
+            raise UserError("--images is missing: the folder of the images that the other detector is to see")
+        if self.write_thresholds is not None:
+            if self.checkpoint is None:
+                raise UserError("--write-thresholds needs a checkpoint to write them into a copy of")
+            if self.write_thresholds.suffix != ".safetensors":
+                raise UserError(f"--write-thresholds {self.write_thresholds}: give the file the ending .safetensors")
         if self.batch_size < 1:
             raise UserError(f"--batch-size must be at least 1, got {self.batch_size}")
         if self.workers < 0:
@@ -86,64 +121,96 @@ class EvalConfig:
 def main(argv: Sequence[str] | None = None) -> EvaluationResult:
     config = tyro.cli(EvalConfig, args=sys.argv[1:] if argv is None else argv, description=__doc__)
     config.validate()
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LineHandler(sys.stdout)])
+    page = None if config.report is None else config.report / "report.html"
     refuse_overwrites(
         {
             "the checkpoint": config.checkpoint,
             "--annotations": config.annotations,
             "--images": config.images,
             "--from-predictions": config.from_predictions,
+            "--against": config.against,
         },
-        {"--json": config.json, "--predictions": config.predictions},
+        {
+            "--json": config.json,
+            "--predictions": config.predictions,
+            "--report": page,
+            "--write-thresholds": config.write_thresholds,
+        },
     )
-    result, timing = _measure_file(config) if config.from_predictions else _measure_detector(config)
+    measured = _measure_file(config, config.from_predictions) if config.from_predictions else _measure_detector(config)
+    result, timing = measured.result, measured.timing
     print(table(result, timing))
+    comparison = None if config.against is None else _compare(config, measured)
+    if comparison is not None:
+        print(f"\n{comparison_table(comparison)}")
     if config.predictions is not None:
+        from detection.evaluation.table import write_coco_results
+
+        labels = [measured.index.class_names.index(name) for name in result.class_counts]
+        rows = np.isin(measured.table.labels, labels)
+        write_coco_results(config.predictions, measured.index, measured.table.select(rows))
         print(f"{result.num_detections} detections written to {config.predictions}")
     if config.json is not None:
         from detection.evaluation.table import write_json
 
-        write_json(config.json, report(config, result, timing))
+        write_json(config.json, report(config, result, timing, comparison))
         print(f"figures written to {config.json}")
+    if config.write_thresholds is not None:
+        _write_thresholds(config, measured)
+    if page is not None:
+        _write_page(config, page, measured, comparison)
     return result
 
 
-def _measure_file(config: EvalConfig) -> tuple[EvaluationResult, None]:
+@dataclass(kw_only=True, slots=True)
+class _Measured:
+    """Detections of one source beside the truth with its labels, their figures, and the time they took."""
+
+    index: CocoIndex
+    table: DetectionTable
+    result: EvaluationResult
+    timing: EvaluationTiming | None = None
+
+    def outcomes(self) -> Outcomes:
+        from detection.evaluation.errors import Outcomes
+
+        return Outcomes.of(self.index, self.table, tuple(self.result.class_counts))
+
+
+def _measure_file(config: EvalConfig, predictions: Path) -> _Measured:
     from detection.data.coco import CocoIndex
     from detection.evaluation.coco_ap import coco_ap
     from detection.evaluation.table import read_coco_results
 
-    assert config.from_predictions is not None
     index = CocoIndex.read(config.annotations)
-    detections = read_coco_results(config.from_predictions, index)
-    return coco_ap(index, detections, backend=config.backend, classes=config.classes or None), None
+    detections = read_coco_results(predictions, index)
+    result = coco_ap(index, detections, backend=config.backend, classes=config.classes or None)
+    return _Measured(index=index, table=detections, result=result)
 
 
-def _measure_detector(config: EvalConfig) -> tuple[EvaluationResult, EvaluationTiming]:
-    import numpy as np
-
+def _measure_detector(config: EvalConfig) -> _Measured:
     from detection.data.augment import EvalTransform
     from detection.data.coco import CocoIndex
     from detection.data.dataset import DetectionDataset
     from detection.data.loader import build_loader
-    from detection.engine.runtime import choose_device
     from detection.evaluation.coco_ap import CocoEvaluator
     from detection.evaluation.run import evaluate
-    from detection.inference.runners import build_runner
-    from detection.postprocess import build_postprocess
-    from detection.weights.hub import locate
-    from detection.weights.native import read_detector
+    from detection.inference.predictor import load_detector
 
     assert config.checkpoint is not None
     assert config.images is not None
-    device = choose_device(config.device)
-    model, info = read_detector(locate(config.checkpoint), config.input_size)
-    if config.score_threshold is not None:
-        info.postprocess.score_threshold = config.score_threshold
-    if config.nms_threshold is not None:
-        info.postprocess.nms_threshold = config.nms_threshold
-    postprocess = build_postprocess(info.model, info.postprocess, info.class_names)
-    runner = build_runner(model, config.runner, device, config.amp)
+    detector = load_detector(
+        config.checkpoint,
+        device=config.device,
+        score_threshold=config.score_threshold,
+        nms_threshold=config.nms_threshold,
+        input_size=config.input_size,
+        backend=config.runner,
+        amp=config.amp,
+        default_score=None,
+    )
+    info = detector.info
 
     index = CocoIndex.read(config.annotations)
     if config.classes:
@@ -155,16 +222,108 @@ def _measure_detector(config: EvalConfig) -> tuple[EvaluationResult, EvaluationT
         DetectionDataset(index, config.images, transform, exif=config.exif, max_pixels=config.max_pixels),
         batch_size=config.batch_size,
         num_workers=config.workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=detector.device.type == "cuda",
     )
 
-    timing = evaluate(runner, loader, postprocess, evaluator, timing=True)
+    timing = evaluate(detector.runner, loader, detector.postprocess, evaluator, timing=True)
     result = evaluator.compute()
     if len(result.unreadable) == result.num_images:
         raise UserError(f"none of {result.num_images} images can be read; the first: {result.unreadable[0]}")
-    if config.predictions is not None:
-        evaluator.write_coco_results(config.predictions)
-    return result, timing
+    return _Measured(index=index, table=evaluator.table, result=result, timing=timing)
+
+
+def _compare(config: EvalConfig, measured: _Measured) -> Comparison:
+    from dataclasses import replace
+
+    from detection.evaluation.compare import compare
+    from detection.evaluation.errors import Outcomes
+
+    assert config.against is not None
+    print(f"\nagainst {config.against}")
+    if config.against.suffix == ".json":
+        other = _measure_file(config, config.against)
+    else:
+        runner = config.against_runner or config.runner
+        other = _measure_detector(replace(config, checkpoint=config.against, runner=runner))
+    names = measured.index.class_names
+    unknown = sorted(set(other.index.class_names) ^ set(names))
+    evaluated = tuple(measured.result.class_counts)
+    if missing := [
+        name for name in evaluated if name not in other.index.class_names and measured.result.class_counts[name]
+    ]:
+        raise UserError(
+            f"--against {config.against} does not know {', '.join(map(repr, missing))}; name others with --classes"
+        )
+    if unknown or other.index.class_names != names:  # other labels for the same names
+        keep = [name for name in evaluated if name in other.index.class_names]
+        order = {name: label for label, name in enumerate(names)}
+        labels = [order.get(name, -1) for name in other.index.class_names]
+        new = np.array(labels, np.int64)[other.table.labels]
+        table = replace(other.table, labels=new).select(new >= 0)
+        return compare(
+            Outcomes.of(measured.index, measured.table, tuple(keep)), Outcomes.of(measured.index, table, tuple(keep))
+        )
+    return compare(measured.outcomes(), Outcomes.of(measured.index, other.table, evaluated))
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """A comparison for people: figures and classes with the intervals of their differences."""
+    rows = [*comparison.overall, *comparison.classes]
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'':<{width}}   this  other  difference  95% interval      other is"]
+    lines += [
+        f"{row.name:<{width}}  {row.first:.3f}  {row.second:.3f}      {row.second - row.first:+.3f}  "
+        f"{row.low:+.3f} to {row.high:+.3f}  {row.verdict}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _write_thresholds(config: EvalConfig, measured: _Measured) -> None:
+    from detection.evaluation.errors import threshold_curves
+    from detection.weights.hub import locate
+    from detection.weights.native import read_detector, save_detector
+
+    assert config.checkpoint is not None
+    assert config.write_thresholds is not None
+    model, info = read_detector(locate(config.checkpoint))
+    curves = threshold_curves(measured.outcomes())
+    unset = [name for name, curve in zip(info.class_names, curves, strict=True) if curve.best is None]
+    info.thresholds = tuple(DRAWN_SCORE if curve.best is None else curve.best for curve in curves)
+    save_detector(config.write_thresholds, model, info)
+    print(f"the detector with the best threshold of each class written to {config.write_thresholds}")
+    if unset:
+        print(f"nothing right was found of {', '.join(unset)}: {DRAWN_SCORE} stays")
+
+
+def _images(config: EvalConfig, index: CocoIndex) -> DetectionDataset | None:
+    """The images as they are, to be shown."""
+    from detection.data.augment import EvalTransform
+    from detection.data.dataset import DetectionDataset
+
+    if config.images is None:
+        return None
+    whole = EvalTransform((32, 32))  # of no effect: ``DetectionDataset.image`` does not go through it
+    return DetectionDataset(index, config.images, whole, exif=config.exif, max_pixels=config.max_pixels)
+
+
+def _write_page(config: EvalConfig, path: Path, measured: _Measured, comparison: Comparison | None) -> None:
+    from backbones.state import write_whole
+    from detection.evaluation.report.page import Report
+
+    source = config.checkpoint or config.from_predictions
+    made = Report(
+        title=f"{source} on {config.annotations.name}",
+        outcomes=measured.outcomes(),
+        result=measured.result,
+        images=_images(config, measured.index),
+        timing=measured.timing,
+        comparison=comparison,
+        other=str(config.against),
+    ).html()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, made)
+    print(f"report written to {path} ({len(made) / 1e6:.1f} MB)")
 
 
 def table(result: EvaluationResult, timing: EvaluationTiming | None = None) -> str:
@@ -192,7 +351,9 @@ def _figure(value: float | None) -> str:
     return f"{'-':>5}" if value is None else f"{value:.3f}"
 
 
-def report(config: EvalConfig, result: EvaluationResult, timing: EvaluationTiming | None) -> dict[str, object]:
+def report(
+    config: EvalConfig, result: EvaluationResult, timing: EvaluationTiming | None, comparison: Comparison | None = None
+) -> dict[str, object]:
     """The result for programs."""
     return {
         **result.figures,
@@ -204,6 +365,11 @@ def report(config: EvalConfig, result: EvaluationResult, timing: EvaluationTimin
         **({} if timing is None else {"milliseconds_per_image": asdict(timing), "runner": config.runner}),
         "checkpoint": None if config.checkpoint is None else str(config.checkpoint),
         "from_predictions": None if config.from_predictions is None else str(config.from_predictions),
+        **({} if comparison is None else {"against": str(config.against), "differences": _differences(comparison)}),
         "annotations": str(config.annotations),
         "backend": config.backend,
     }
+
+
+def _differences(comparison: Comparison) -> list[dict[str, object]]:
+    return [asdict(row) | {"verdict": row.verdict} for row in (*comparison.overall, *comparison.classes)]

@@ -8,14 +8,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from detection.cli.docstrings import summary_of
+from detection.engine.streams import quiet_without_reader
 
 # Name -> module. It is imported when its command is asked for, because torch takes seconds.
 COMMANDS = {
     "train": "train",
     "train-cls": "train_cls",
     "eval": "eval",
+    "report": "report",
     "video": "video",
     "predict": "predict",
+    "check": "check",
+    "inspect": "inspect",
+    "export": "export",
     "convert": "convert",
     "convert-weights": "convert_weights",
     "benchmark": "benchmark",
@@ -23,6 +28,7 @@ COMMANDS = {
 }
 
 
+@quiet_without_reader()
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that ``argv`` begins with. Exit codes: 0, 2 for wrong usage, and those of the commands.
 

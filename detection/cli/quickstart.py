@@ -6,6 +6,8 @@ $ bash tools/quickstart.sh    makes the environment first
 Nothing is downloaded; it takes some minutes on two CPU cores. A second run starts anew: it removes the folder of the first.
 """
 
+from __future__ import annotations
+
 import json
 import shutil
 import tempfile
@@ -14,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import cv2
 import numpy as np
@@ -27,18 +29,10 @@ from detection.cli import train as train_det
 from detection.cli import train_cls
 from detection.cli import video as demo_video
 from detection.cli.recipes import load_config
-from detection.data.coco import CocoIndex
-from detection.data.drawn import (
-    CLASS_NAMES,
-    DetectionSet,
-    draw_classification_set,
-    draw_detection_set,
-    draw_video_frames,
-)
 from detection.engine.errors import main_errors
-from detection.images.draw import draw_detections, draw_target, image_grid
-from detection.inference.predictor import load_detector, read_image
-from detection.inference.video import write_video
+
+if TYPE_CHECKING:  # what loads torch is imported when the command line is parsed
+    from detection.data.drawn import DetectionSet
 
 _MARK = ".quickstart"  # a folder with this file in it was made here and may be removed
 
@@ -64,6 +58,8 @@ class QuickstartConfig:
 
     def validate(self) -> None:
         """Raises UserError for values that make no sense."""
+        from detection.data.drawn import CLASS_NAMES, draw_classification_set, draw_detection_set
+
         for name in ("num_train", "num_val", "num_crops", "num_frames"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
@@ -105,6 +101,10 @@ class QuickstartResult:
 def main(argv: Sequence[str] | None = None) -> QuickstartResult:
     config = tyro.cli(QuickstartConfig, args=argv, description=__doc__)
     config.validate()
+
+    from detection.data.drawn import draw_classification_set, draw_detection_set, draw_video_frames
+    from detection.inference.video import write_video
+
     run_dir = _clean_folder(config.run_dir)
     seconds: dict[str, float] = {}
 
@@ -212,6 +212,12 @@ def _part(title: str, name: str, seconds: dict[str, float]) -> Iterator[None]:
 
 def _draw_images(out_dir: Path, drawn: DetectionSet, checkpoint: Path) -> dict[str, Path]:
     """Sheets of training images with their true boxes and of new images with what is found, and some of these alone."""
+    from detection.data.coco import CocoIndex
+    from detection.data.drawn import CLASS_NAMES
+    from detection.images.decode import read_image
+    from detection.images.draw import draw_detections, draw_target, image_grid
+    from detection.inference.predictor import load_detector
+
     out_dir.mkdir()
     truth = CocoIndex.read(drawn.train_annotations)
     targets = []

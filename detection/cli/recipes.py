@@ -46,7 +46,7 @@ def load_config(
     if read is not None and (place.is_dir() or place.suffix == ".pt"):
         default = _config_of_run(place, read)
     else:
-        default = _recipe(argv[0])()
+        default = read_recipe(argv[0])()
         if not isinstance(default, wanted):
             raise UserError(
                 f"{argv[0]} gives a {type(default).__name__}; {Path(sys.argv[0]).name} needs a {wanted.__name__}"
@@ -124,7 +124,12 @@ def recipe_list() -> str:
     return "\n".join(lines)
 
 
-def _recipe(spec: str) -> Any:
+def read_recipe(spec: str) -> Any:
+    """The function of a recipe, ``FILE:FUNCTION``.
+
+    Raises:
+        UserError: there is no such file or function.
+    """
     path, colon, name = spec.rpartition(":")
     if not colon or not name:
         raise UserError(

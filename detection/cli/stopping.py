@@ -1,26 +1,14 @@
 """Being stopped from outside without losing what was made so far."""
 
 import contextlib
-import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
 
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM or SIGHUP came: what Ctrl-C does, for ``docker stop``, a batch system or a closed terminal.
-
-    Attributes:
-        name: of the signal.
-        status: the exit status that goes with it, 128 and its number, as shells have it.
-    """
-
-    def __init__(self, number: int) -> None:
-        self.name = signal.Signals(number).name
-        self.status = 128 + number
-        super().__init__(f"stopped by {self.name}")
+from detection.engine.stopping import Terminated
+from detection.engine.streams import let_go
 
 
 @contextlib.contextmanager
@@ -58,7 +46,4 @@ def let_go_of_terminal() -> None:
         try:
             stream.flush()
         except OSError:
-            with contextlib.suppress(OSError, ValueError):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream.fileno())
-                os.close(nowhere)
+            let_go(stream)

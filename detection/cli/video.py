@@ -2,8 +2,8 @@
 
 $ litedet video RUN/best.pt --source FILE|0|URL|FOLDER|"*.jpg" --out OUT.mp4 --json OUT.jsonl
 
-It ends with the video, with q or Esc in the window, or with Ctrl-C. SIGTERM (docker stop), SIGHUP (a closed terminal) and a
-source that breaks off end it too, with an exit status other than 0. Video and lines are whole in all these cases.
+It ends with the video, or with q or Esc in the window. Ctrl-C, SIGTERM (docker stop), SIGHUP (a closed terminal) and a source
+that breaks off end it too, with an exit status other than 0. Video and lines are whole in all these cases.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -35,12 +36,14 @@ if TYPE_CHECKING:  # what loads torch is imported when the command line is parse
     from detection.structures import Detections
 
 _WINDOW = "LiteDet (q ends)"
+_SCORE = 0.4  # without --score, where the checkpoint has no thresholds of its own
 
 
 @dataclass(kw_only=True, slots=True)
 class DemoConfig:
     checkpoint: tyro.conf.Positional[Path]
-    """A training's best.pt, a detector's .safetensors, or a published name (ssdlite_mobilenet_v2_coco)."""
+    """A training's best.pt, a detector's .safetensors, a file of litedet export (.onnx, .xml, .tflite, .pt2), or a published
+    name (ssdlite_mobilenet_v2_coco)."""
     source: str
     """A video, an image, a folder of images, a pattern ("shots/*.jpg"), the number of a camera (0 is the first), or the URL
     of a stream."""
@@ -49,8 +52,10 @@ class DemoConfig:
     (H.264; docs/video.md). A name without a suffix is a folder: an image for each frame, without the frame rate."""
     json: Path | None = None
     """Detections to write, one line of JSON for each frame."""
-    score: float = 0.4
-    """Detections below this score are left out. With --track weaker ones stay where they continue a track."""
+    score: float | None = None
+    """Detections below this score are left out. None: below the best threshold of their class where the checkpoint has
+    them (litedet eval --write-thresholds), else below 0.4. With --track one score holds for all classes, None is 0.4, and
+    weaker detections stay where they continue a track."""
     track: bool = False
     """Follow objects: an id on each box and in each line (needs pip install 'litedet[track]')."""
     count: tuple[float, float, float, float] | None = None
@@ -71,7 +76,7 @@ class DemoConfig:
         """Raises UserError for values that make no sense, alone or together."""
         if self.out is None and self.json is None and not self.show:
             raise UserError("nothing would come of it: give --out VIDEO.mp4, --json FILE.jsonl or --show")
-        if not 0 <= self.score <= 1:
+        if self.score is not None and not 0 <= self.score <= 1:
             raise UserError(f"--score {self.score}: a score lies between 0 and 1")
         if self.slice is not None and self.slice < 32:
             raise UserError(f"--slice {self.slice}: a slice has at least 32 pixels")
@@ -141,8 +146,8 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
     from detection.inference.video import FrameReader, ImageWriter, VideoWriter
 
     def load(path: Path) -> Callable[[NDArray[np.uint8]], Detections]:
-        score = min(WEAKEST, config.score) if config.track else config.score
-        detector = load_detector(path, device=config.device, score_threshold=score)
+        score = min(WEAKEST, _score_of_tracks(config)) if config.track else config.score
+        detector = load_detector(path, device=config.device, score_threshold=score, default_score=_SCORE)
         return detector if config.slice is None else SlicedPredictor(detector, config.slice)
 
     terminated: Terminated | None = None
@@ -151,7 +156,7 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
         reader = stack.enter_context(FrameReader(config.source))
         if config.show:
             stack.callback(_open_window())
-        tracker = Tracker(reader.rate, config.score) if config.track else None
+        tracker = Tracker(reader.rate, _score_of_tracks(config)) if config.track else None
         counter = LineCounter(config.count) if config.count else None
         detector = load(config.checkpoint)
         other = load(config.against) if config.against else None
@@ -215,9 +220,9 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
                 if stop or num_frames == config.max_frames:
                     break
         except KeyboardInterrupt as error:
-            terminated = error if isinstance(error, Terminated) else None
+            terminated = error if isinstance(error, Terminated) else Terminated(signal.SIGINT)
             with contextlib.suppress(OSError):  # the terminal may be what was closed
-                progress.write(str(terminated or "stopped by Ctrl-C"), file=sys.stderr)
+                progress.write(str(terminated), file=sys.stderr)
         seconds = time.monotonic() - begin
     result = DemoResult(
         num_frames=num_frames,
@@ -232,6 +237,10 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
         if terminated is None:
             raise
     return result, terminated
+
+
+def _score_of_tracks(config: DemoConfig) -> float:
+    return _SCORE if config.score is None else config.score
 
 
 def _record(frame: Frame, found: Detections, ids: Sequence[int | None] | None) -> dict[str, object]:

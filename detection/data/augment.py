@@ -5,27 +5,22 @@ to which view is taken, so they are decided first, from the boxes and the image'
 is decoded. A view several times larger than the network's input is then decoded at 1/2, 1/4 or 1/8 of its size
 (libjpeg does that at a fraction of the cost), cut out, filled where it sticks out of the image, and resized once.
 Colours change last, on the small result.
-
-albumentations does the colours. It is used in this file alone.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from backbones.errors import UserError
+from detection.data.colors import random_colors
 from detection.images.place import place, resize, resize_as_tensorflow
 from detection.structures import Placement, ResizeMode
-
-if TYPE_CHECKING:
-    import albumentations
 
 Decode = Callable[[int], NDArray[np.uint8]]
 """Gives the image on disk, RGB uint8, each side divided by a reduction of 1, 2, 4 or 8 and rounded up."""
@@ -200,7 +195,6 @@ class TrainTransform:
         self.resize_mode = resize_mode
         self.fill = fill
         self.seed = seed
-        self.color = _color_transform(config)
 
     def __call__(
         self,
@@ -245,9 +239,13 @@ class TrainTransform:
         if turns:
             image, boxes = np.rot90(image, turns), _turn(boxes, (height, width), turns)
         image = np.ascontiguousarray(image)
-        if self.color is not None:
-            self.color.set_random_seed(color_seed)
-            image = self.color(image=image)["image"]
+        image = random_colors(
+            image,
+            np.random.default_rng(color_seed),
+            amounts=(config.brightness, config.contrast, config.saturation, config.hue),
+            probability=config.color_probability,
+            shuffle_probability=config.channel_shuffle,
+        )
         return Placed(image, np.ascontiguousarray(boxes), labels, placement)
 
 
@@ -399,34 +397,3 @@ def _turn(boxes: NDArray[np.float32], size: tuple[int, int], turns: int) -> NDAr
         boxes = _mirror(boxes, width)[:, [1, 0, 3, 2]]
         height, width = width, height
     return boxes
-
-
-# -------------------------------------------------------------------------------------------------------------- colours
-
-
-def _color_transform(config: AugmentConfig) -> albumentations.Compose | None:
-    # Imported here, because it takes seconds and evaluation does without; it would also ask the network for its
-    # version.
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-    import albumentations
-
-    steps: list[albumentations.BasicTransform] = []
-    if config.color_probability and (config.brightness or config.contrast):
-        steps.append(
-            albumentations.RandomBrightnessContrast(
-                brightness_limit=config.brightness, contrast_limit=config.contrast, p=config.color_probability
-            )
-        )
-    if config.color_probability and (config.saturation or config.hue):
-        steps.append(
-            albumentations.ColorJitter(
-                brightness=(1, 1),
-                contrast=(1, 1),
-                saturation=(1 - config.saturation, 1 + config.saturation),
-                hue=(-config.hue, config.hue),
-                p=config.color_probability,
-            )
-        )
-    if config.channel_shuffle:
-        steps.append(albumentations.ChannelShuffle(p=config.channel_shuffle))
-    return albumentations.Compose(steps) if steps else None

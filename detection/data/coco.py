@@ -175,7 +175,7 @@ class CocoIndex:
         cached = _cache_path(path) if cache and path.stat().st_size >= CACHE_FROM_BYTES else None
         index = _read_cache(cached, path) if cached else None
         if index is None:
-            with _no_garbage_collection():
+            with no_garbage_collection():
                 index = _build(path)
             if cached:
                 _write_cache(cached, index)
@@ -335,7 +335,7 @@ def _xywh_to_xyxy(xywh: NDArray[np.float64]) -> NDArray[np.float32]:
 
 
 def _build(path: Path) -> CocoIndex:
-    images, categories, records, exif = _decode(path)
+    images, categories, records, exif = decode_coco(path)
     categories.sort(key=lambda category: category.id)
     if not categories:
         raise UserError(f"{path}: `categories` is empty: there is no class to find")
@@ -359,12 +359,12 @@ def _build(path: Path) -> CocoIndex:
             "both are needed, in pixels of the image on disk"
         )
 
-    position = _positions(images_named, image_ids)
+    position = positions_of(images_named, image_ids)
     for record in np.flatnonzero(position < 0)[:1]:
         raise UserError(
             f"{path}: annotation {annotation_ids[record]} names image_id {images_named[record]}, which `images` has not"
         )
-    labels = _positions(categories_named, category_ids)
+    labels = positions_of(categories_named, category_ids)
     for record in np.flatnonzero(labels < 0)[:1]:
         raise UserError(
             f"{path}: annotation {annotation_ids[record]} has the unknown category {categories_named[record]}; "
@@ -389,7 +389,7 @@ def _build(path: Path) -> CocoIndex:
         name_bytes=np.frombuffer(b"".join(names), np.uint8),
         name_offsets=np.cumsum([0, *map(len, names)], dtype=np.int64),
         sizes=sizes,
-        exif=_exif(images, exif),
+        exif=exif_of(images, exif),
         offsets=np.concatenate([[0], np.bincount(position, minlength=len(images)).cumsum()]),
         xywh=xywh,
         labels=labels,
@@ -426,7 +426,14 @@ def _records(annotations: list[_Annotation]) -> _Records:
     )
 
 
-def _decode(path: Path) -> tuple[list[_Image], list[_Category], _Records, Any]:
+def decode_coco(path: Path) -> tuple[list[_Image], list[_Category], _Records, Any]:
+    """The records of a file whose fields have the right types: images, categories, annotations, what ``info`` says.
+
+    Whether they contradict each other (an id twice, an image that is not listed) is left to the caller.
+
+    Raises:
+        UserError: not json, or a field is missing or of another type.
+    """
     if not path.stat().st_size:
         raise UserError(f"{path} is not a json file: it is empty")
     # Mapped, not read: a file of COCO's size has hundreds of megabytes, and they need no copy. Nobody closes the map: it goes
@@ -501,7 +508,7 @@ def _decode_in_pieces(data: memoryview) -> tuple[list[_Image], list[_Category], 
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """For a million new objects, none of them garbage: the collector would walk over them again and again."""
     enabled = gc.isenabled()
     gc.disable()
@@ -526,7 +533,7 @@ def _explain(error: str, data: bytes) -> str:
     return f"{error.replace('`$.', '`')}: {str(record)[:300]}"
 
 
-def _exif(images: list[_Image], info: object) -> NDArray[np.int8]:
+def exif_of(images: list[_Image], info: object) -> NDArray[np.int8]:
     """int8 [I], see ``CocoIndex.exif``: what an image's record says, or ``info`` for all."""
     numbers: dict[Any, int] = {"applied": 1, "ignored": 2}
     stated = info.get("exif_orientation") if isinstance(info, dict) else None
@@ -549,7 +556,7 @@ def _floats(records: list[Any], name: str) -> NDArray[np.float64]:
         return np.array(list(map(attrgetter(name), records)), np.float64)
 
 
-def _positions(named: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def positions_of(named: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """The place in ``ids`` of each number [N], -1 where it is not there."""
     if not len(ids):
         return np.full(len(named), -1, np.int64)

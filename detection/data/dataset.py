@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -127,7 +128,7 @@ class DetectionDataset(Dataset[Sample | SkippedSample]):
         """An image, and whether its boxes count pixels of it as shown."""
         image = EncodedImage(self.image_dir / self.index.file_name(position), self.max_pixels, watch=True)
         size, header = self.index.size(position), image.header
-        turn = _is_turned(header, size, int(self._exif[position]))
+        turn = is_turned(header, size, int(self._exif[position]))
         (height, width) = actual = header.shown_size if turn else header.size
         if size != actual:
             raise UnreadableImageError(
@@ -154,8 +155,8 @@ class DetectionDataset(Dataset[Sample | SkippedSample]):
         )
 
 
-def _is_turned(header: Header, size: tuple[int, int], exif: int) -> bool:
-    """Whether boxes that come with this size count pixels of the image as shown; ``exif`` as in ``CocoIndex``."""
+def is_turned(header: Header, size: tuple[int, int], exif: int) -> bool:
+    """Whether boxes that come with this (height, width) count pixels of the image as shown; ``exif`` as in ``CocoIndex``."""
     if header.size != header.shown_size and size in (header.size, header.shown_size):
         return size == header.shown_size
     return EXIF[exif] != "ignored"
@@ -174,7 +175,11 @@ def check_images(index: CocoIndex, image_dir: str | Path) -> list[str]:
     image_dir = Path(image_dir)
     _require_folder(image_dir)
     _refuse_names_outside(index, image_dir)
-    names = [index.file_name(position) for position in range(len(index))]
+    return missing_files([index.file_name(position) for position in range(len(index))], image_dir)
+
+
+def missing_files(names: Sequence[str], image_dir: str | Path) -> list[str]:
+    """The names, relative to a folder, that are no files there, in their order. See ``check_images``."""
     by_folder: dict[str, list[str]] = defaultdict(list)
     for name in names:
         by_folder[os.path.dirname(name)].append(name)

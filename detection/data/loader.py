@@ -35,10 +35,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self.first_key = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration is for."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_key: int = 0) -> None:
+        """The epoch that the next iterations are for, and the number of this process's keys that they leave out."""
+        self.epoch, self.first_key = epoch, first_key
 
     def __len__(self) -> int:
         if self.training:
@@ -52,7 +53,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
             order = order[: len(self) * self.world_size]
         else:
             order = np.arange(self.num_images)
-        for position in order[self.rank :: self.world_size]:
+        for position in order[self.rank :: self.world_size][self.first_key :]:
             yield epoch, int(position)
 
 
@@ -101,7 +102,7 @@ def build_loader(
 ) -> BatchLoader[Batch]:
     """Batches of a dataset: shuffled and without a last incomplete one for training, each image once for evaluation.
 
-    Call ``loader.sampler.set_epoch(epoch)`` before each epoch of a training.
+    Call ``loader.set_epoch(epoch)`` before each epoch of a training.
 
     Args:
         dataset: says by its transform whether this is training.

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast, overload
 
 from backbones.errors import UserError
+from detection.engine.streams import quiet_without_reader, reader_has_gone
 
 TRAINING_STOPPED = (
-    "stopped; the training goes on from its last whole epoch with the same command and --train.resume True"
+    "stopped; the training goes on from its last checkpoint with the same command and --train.resume True"
 )
 
 _Main = TypeVar("_Main", bound=Callable[..., Any])
@@ -27,8 +28,8 @@ def main_errors(main: _Main | None = None, *, stopped: str = "stopped") -> _Main
 
     ``UserError``, ``OSError`` and ``FloatingPointError`` (a training that diverged) become "error: ..." on stderr and
     exit code 2 (argparse's and tyro's code for wrong usage), Ctrl-C becomes ``stopped`` and exit code 130 (the shell's
-    code for it). With LITEDET_TRACEBACK=1 in the environment nothing is turned, for whoever looks for the place in the
-    code.
+    code for it; 143 after SIGTERM). Where nobody reads the output any more (``| head -1``) the command ends without a word
+    and with 141. With LITEDET_TRACEBACK=1 in the environment nothing is turned, for whoever looks for the place in the code.
 
     Args:
         main: the tool; without it the result is the decorator.
@@ -38,6 +39,7 @@ def main_errors(main: _Main | None = None, *, stopped: str = "stopped") -> _Main
         return functools.partial(main_errors, stopped=stopped)
 
     @functools.wraps(main)
+    @quiet_without_reader()
     def run(argv: Sequence[str] | None = None) -> Any:
         if os.environ.get("LITEDET_TRACEBACK") == "1":
             return main(argv)
@@ -52,11 +54,13 @@ def main_errors(main: _Main | None = None, *, stopped: str = "stopped") -> _Main
                 with clear_failures():
                     raise
         except EXPECTED as error:
+            if isinstance(error, BrokenPipeError) and reader_has_gone(sys.stdout):
+                raise
             tell(error)
             raise SystemExit(2) from error
         except KeyboardInterrupt as error:
             print(stopped, file=sys.stderr)
-            raise SystemExit(130) from error
+            raise SystemExit(getattr(error, "status", 130)) from error  # Terminated has one
 
     return cast(_Main, run)
 

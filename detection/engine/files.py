@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,10 @@ _log = logging.getLogger(__name__)
 _FREE_ON_RESUME: tuple[str, ...] = (
     "run_dir", "weights", "data.root", "data.train", "data.val", "data.workers", "data.val_batch_size", "train.resume",
     "train.device", "train.num_threads", "train.log_every", "train.max_skipped_share",
+    "train.checkpoint_every_steps", "train.checkpoint_every_minutes", "train.max_left_out",
 )  # fmt: skip
+
+_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 _Value = TypeVar("_Value")
 _Config = TypeVar("_Config", bound="RunConfig")
@@ -144,8 +148,14 @@ def from_main(runtime: Runtime, make: Callable[[], _Value]) -> _Value:
 
 
 def _open(run_dir: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | None:
-    """Locks the folder and gives the checkpoint to go on from, or None for a new run."""
+    """Locks the folder and gives the checkpoint to go on from, or None for a new run.
+
+    A start that torchrun (``--max-restarts``) or Slurm (``--requeue``) repeats has the command line of the first: it goes
+    on with what there is.
+    """
     last_path = run_dir / "last.pt"
+    if any(int(os.environ.get(name) or 0) > 0 for name in _RESTART_COUNTS):
+        resume = last_path.exists()
     if resume and not last_path.exists():
         raise FileNotFoundError(
             f"{last_path} is not there, so there is nothing to resume; start without --train.resume"

@@ -43,18 +43,20 @@ class Reading:
     """Means over the batches of a window (or an epoch) and over all processes.
 
     Attributes:
-        losses: mean of each loss.
-        num_batches: batches of one process.
+        losses: mean of each loss over the batches that have finite ones; 0 where none has.
+        num_batches: batches of one process that have finite losses.
         num_images: images of all processes.
         seconds: how long the window took.
         wait_seconds: how much of it this process waited for data.
+        gradient_norm: mean L2 norm before clipping over the window's steps; None where gradients are not clipped.
     """
 
     losses: dict[str, float]
-    num_batches: int
+    num_batches: float
     num_images: int
     seconds: float
     wait_seconds: float
+    gradient_norm: float | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """The fields, fit for a checkpoint."""
@@ -72,15 +74,17 @@ class Reading:
     def mean(readings: "list[Reading]") -> "Reading":
         """Several windows as one."""
         num_batches = sum(reading.num_batches for reading in readings)
+        norms = [reading.gradient_norm for reading in readings if reading.gradient_norm is not None]
         return Reading(
             losses={
-                name: sum(reading.losses[name] * reading.num_batches for reading in readings) / num_batches
+                name: sum(reading.losses[name] * reading.num_batches for reading in readings) / max(num_batches, 1)
                 for name in readings[0].losses
             },
             num_batches=num_batches,
             num_images=sum(reading.num_images for reading in readings),
             seconds=sum(reading.seconds for reading in readings),
             wait_seconds=sum(reading.wait_seconds for reading in readings),
+            gradient_norm=sum(norms) / len(norms) if norms else None,
         )
 
 
@@ -91,7 +95,7 @@ class Meter:
         self._runtime = runtime
         self._names: list[str] = []
         self._sums: Tensor | None = None
-        self._num_batches = 0
+        self._norms: Tensor | None = None  # [2]: sum and number of the finite gradient norms
         self._num_images = 0
         self._wait_seconds = 0.0
         self._start = time.perf_counter()
@@ -99,26 +103,68 @@ class Meter:
     def add(self, losses: dict[str, Tensor], num_images: int, wait_seconds: float) -> None:
         """Takes in the losses (scalars on the device) of one batch."""
         self._names = list(losses)
-        values = torch.stack([loss.detach().float() for loss in losses.values()])
+        values = torch.stack(
+            [*(loss.detach().float() for loss in losses.values()), losses["loss"].new_ones(()).float()]
+        )
+        values = torch.where(values.isfinite().all(), values, 0.0)
         self._sums = values if self._sums is None else self._sums + values
-        self._num_batches += 1
         self._num_images += num_images
         self._wait_seconds += wait_seconds
+
+    def add_norm(self, norm: Tensor) -> None:
+        """Takes in the gradient norm (a scalar on the device) of one step; one that is not finite does not count."""
+        finite = norm.detach().isfinite()
+        pair = torch.stack([torch.where(finite, norm.detach(), 0), finite]).float()
+        self._norms = pair if self._norms is None else self._norms + pair
+
+    def state(self) -> dict[str, Any] | None:
+        """What is summed since the last reading, over all processes, fit for a checkpoint; None for nothing.
+
+        Every process has to call it after the same number of batches.
+        """
+        if self._sums is None:
+            return None
+        sums = self._runtime.sum_over_processes(self._sums.clone()) / self._runtime.world_size
+        return {
+            "names": self._names,
+            "sums": sums.cpu(),
+            "norms": None if self._norms is None else self._norms.cpu(),  # the same in all processes
+            "num_images": self._num_images * self._runtime.world_size,
+            "seconds": time.perf_counter() - self._start,
+            "wait_seconds": self._wait_seconds,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what ``state`` gave, of any number of processes."""
+        world_size = self._runtime.world_size
+        share = world_size if self._runtime.is_main else 0  # the sum is there once, whoever holds it
+        self._names = list(state["names"])
+        self._sums = state["sums"].to(self._runtime.device) * share
+        self._norms = None if state["norms"] is None else state["norms"].to(self._runtime.device)
+        self._num_images = state["num_images"] // world_size
+        self._wait_seconds = state["wait_seconds"]
+        self._start = time.perf_counter() - state["seconds"]
 
     def read(self) -> Reading:
         """The means since the last reading. Every process has to call it after the same number of batches."""
         assert self._sums is not None, "read() before add()"
-        sums = self._runtime.sum_over_processes(self._sums).tolist()
+        values = self._sums if self._norms is None else torch.cat([self._sums, self._norms.to(self._sums)])
+        sums = self._runtime.sum_over_processes(values).tolist()
+        norm = None
+        if self._norms is not None:
+            number, norm = sums.pop(), sums.pop()
+            norm = norm / number if number else None
         now = time.perf_counter()
-        count = self._num_batches * self._runtime.world_size
+        *sums, count = sums
         reading = Reading(
-            losses={name: value / count for name, value in zip(self._names, sums, strict=True)},
-            num_batches=self._num_batches,
+            losses={name: value / max(count, 1) for name, value in zip(self._names, sums, strict=True)},
+            num_batches=count / self._runtime.world_size,
             num_images=self._num_images * self._runtime.world_size,
             seconds=now - self._start,
             wait_seconds=self._wait_seconds,
+            gradient_norm=norm,
         )
-        self._sums, self._num_batches, self._num_images, self._wait_seconds, self._start = None, 0, 0, 0.0, now
+        self._sums, self._norms, self._num_images, self._wait_seconds, self._start = None, None, 0, 0.0, now
         return reading
 
 
@@ -133,7 +179,8 @@ class RunLog:
         runtime: this process.
         num_epochs: epochs of the whole training.
         num_steps: optimiser steps of the whole training.
-        first_step: the optimiser step that this start begins with.
+        first_step: optimiser steps that were done before this start.
+        purge_step: TensorBoard forgets what a start before this one wrote of this step and later ones.
         history: the records of the epochs before, from the checkpoint. ``metrics.jsonl`` begins with them, whatever a run
             that was killed left in it.
     """
@@ -144,6 +191,7 @@ class RunLog:
     num_steps: int
     first_step: int = 0
     history: Sequence[Mapping[str, Any]] = ()
+    purge_step: int = 0
     writer: SummaryWriter | None = field(default=None, init=False)
     _bar: "tqdm[Any] | None" = field(default=None, init=False)
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
@@ -156,7 +204,7 @@ class RunLog:
                 self._say_what_is_mended()
             lines = "".join(json.dumps(record) + "\n" for record in self.history)
             write_whole(self._metrics_path, lines.encode())
-            self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.first_step)
+            self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=self.purge_step)
             self._stack.callback(self.writer.close)
             if sys.stderr.isatty():
                 self._stack.enter_context(logging_redirect_tqdm())  # log lines above the bar, not through it
@@ -167,16 +215,23 @@ class RunLog:
             self._bar.close()
         self._stack.close()
 
-    def start_epoch(self, epoch: int, num_steps: int) -> None:
+    def start_epoch(self, epoch: int, num_steps: int, first_step: int = 0) -> None:
+        """Opens the bar of an epoch, of which ``first_step`` of ``num_steps`` steps are done."""
         if self.runtime.is_main:
             self._bar = tqdm(
                 total=num_steps,
+                initial=first_step,
                 desc=f"epoch {epoch + 1}/{self.num_epochs}",
                 unit="step",
                 leave=False,
                 dynamic_ncols=True,
                 disable=not sys.stderr.isatty(),
             )
+
+    def flush(self) -> None:
+        """Before a checkpoint: what TensorBoard has of the steps before it must not be lost with this process."""
+        if self.writer is not None:
+            self.writer.flush()
 
     def advance(self) -> None:
         """One optimiser step more."""
@@ -187,10 +242,12 @@ class RunLog:
         """The readings since the last window; ``step`` optimiser steps are done."""
         if self.writer is None or self._bar is None:
             return
-        for name, value in reading.losses.items():
+        for name, value in reading.losses.items() if reading.num_batches else ():
             self.writer.add_scalar(f"train/{name}", value, step)
         for name, value in learning_rates.items():
             self.writer.add_scalar(f"lr/{name}", value, step)
+        if reading.gradient_norm is not None:
+            self.writer.add_scalar("train/gradient_norm", reading.gradient_norm, step)
         self.writer.add_scalar("speed/images_per_second", reading.images_per_second, step)
         self.writer.add_scalar("speed/data_wait_share", reading.wait_share, step)
 
@@ -200,6 +257,13 @@ class RunLog:
         if self._bar.disable and now - self._last_line > SECONDS_BETWEEN_LINES:
             _log.info("epoch %d/%d, step %d/%d: %s", epoch + 1, self.num_epochs, step, self.num_steps, text)
             self._last_line = now
+
+    def evaluation(self, metrics: Mapping[str, float], step: int) -> None:
+        """What an evaluation gave; before the checkpoint that says it is done."""
+        if self.writer is not None:
+            for name, value in metrics.items():
+                self.writer.add_scalar(f"val/{name}", value, step)
+            self.writer.flush()
 
     def end_epoch(self, record: Mapping[str, Any], reading: Reading, *, shown_metric: str) -> None:
         """Closes the epoch's bar, prints its line and writes its record (``epoch_record``) down.
@@ -211,9 +275,6 @@ class RunLog:
             return
         self._bar.close()
         step, metrics = record["step"], record["metrics"]
-        for name, value in metrics.items():
-            self.writer.add_scalar(f"val/{name}", value, step)
-        self.writer.flush()
         try:
             with self._metrics_path.open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -268,6 +329,7 @@ def epoch_record(
         "losses": reading.losses,
         "images_per_second": round(reading.images_per_second, 2),
         "data_wait_share": round(reading.wait_share, 4),
+        **({} if reading.gradient_norm is None else {"gradient_norm": reading.gradient_norm}),
         "seconds": round(seconds, 2),
         "metrics": metrics,
         "best": is_best,

@@ -18,10 +18,12 @@ from backbones.errors import UserError
 from detection.engine.ema import EmaConfig, ExponentialAverage
 from detection.engine.files import Run
 from detection.engine.log import Meter, Reading, RunLog, epoch_record, with_wait
+from detection.engine.nonfinite import NonFiniteGuard
 from detection.engine.optim import OptimConfig, build_optimizer, build_schedule, parameter_groups
 from detection.engine.plain import to_plain
 from detection.engine.runtime import Runtime, check_device, seed_everything
 from detection.engine.state import TrainState
+from detection.engine.stopping import StopRequest
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +39,10 @@ class TrainBatch(Protocol):
     Attributes:
         skipped: "path: reason" of every image that could not be read while this batch was made.
         damaged: "path: what the decoder says" of every image in it that decoded to partly wrong pixels.
+        image_ids: int64 [B], the numbers of its images; read before the batch goes to the device.
     """
 
+    image_ids: Tensor
     skipped: list[str]
     damaged: list[str]
 
@@ -53,7 +57,7 @@ class TrainBatch(Protocol):
 
 
 class TrainLoader(Protocol):
-    """A ``DataLoader``. Where it, its batch sampler or its sampler has ``set_epoch``, each epoch begins with it.
+    """Batches of training data, as ``BatchLoader`` gives them.
 
     With several processes each one's loader gives its own share, and all of them the same number of batches.
     """
@@ -61,8 +65,11 @@ class TrainLoader(Protocol):
     def __len__(self) -> int:
         """Number of batches of an epoch."""
 
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """The epoch of the next iteration and the batch that it begins with."""
+
     def __iter__(self) -> Iterator[Any]:
-        """The batches (``TrainBatch``) of an epoch."""
+        """The batches (``TrainBatch``) of the epoch, from that one on."""
 
 
 class Task(Protocol):
@@ -105,6 +112,9 @@ class Task(Protocol):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Called on every process with ``model`` in evaluation mode; process 0's result counts."""
 
+    def image_names(self, image_ids: Sequence[int]) -> list[str]:
+        """The files of training images, by their numbers in a batch, for a message."""
+
     def checkpoint_extra(self) -> dict[str, Any]:
         """Tensors and plain data that travel with the weights: model config, class names, normalisation."""
 
@@ -139,6 +149,14 @@ class TrainConfig:
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_every: int = 20
     """Optimiser steps between readings of the losses. A reading makes the host wait for the device."""
+    checkpoint_every_steps: int | None = None
+    """Optimiser steps between writings of last.pt within an epoch; None writes it after each epoch alone (and after Ctrl-C
+    and SIGTERM)."""
+    checkpoint_every_minutes: float | None = None
+    """Minutes after which last.pt is written within an epoch; None for no limit."""
+    max_left_out: int = 10
+    """Batches of the whole run that may be left out because their loss or gradient is infinite or not a number. One more
+    ends the run. Their images are named when losses are read (log_every)."""
     max_skipped_share: float = 0.01
     """The run stops when more than this share of the training images cannot be read. In small datasets five images may be
     unreadable, but no more than a fifth of them; with 0 none may."""
@@ -147,14 +165,25 @@ class TrainConfig:
     device: str = "auto"
     """Where to train: auto (a CUDA GPU where there is one, else the CPU), cpu, cuda, cuda:N or mps."""
     resume: bool = False
-    """Go on with the run in the run folder, exactly where its last whole epoch ended. The network comes from its last.pt
-    alone: the weights it once started from are not needed."""
+    """Go on with the run in the run folder, exactly where its last checkpoint was written. The network comes from its last.pt
+    alone: the weights it once started from are not needed. A start that torchrun --max-restarts or Slurm repeats does so by
+    itself, where there is a checkpoint."""
 
     def validate(self) -> None:
         """Raises UserError for a value that means nothing."""
         for name in ("epochs", "batch_size", "accumulate", "eval_every", "log_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, not {getattr(self, name)}")
+        if self.max_left_out < 0:
+            raise UserError(f"train.max_left_out must be 0 or above, not {self.max_left_out}")
+        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
+            raise UserError(
+                f"train.checkpoint_every_steps must be at least 1 or None, not {self.checkpoint_every_steps}"
+            )
+        if self.checkpoint_every_minutes is not None and not self.checkpoint_every_minutes > 0:
+            raise UserError(
+                f"train.checkpoint_every_minutes must be above 0 or None, not {self.checkpoint_every_minutes}"
+            )
         if self.seed < 0:
             raise UserError(f"train.seed must be 0 or above, not {self.seed}")
         if self.batch_size == 1:
@@ -237,8 +266,10 @@ def train(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -> T
     """Trains ``task.model`` and leaves a run folder.
 
     The folder holds ``config.json`` (as adopted), ``metrics.jsonl`` (a line per epoch), ``tensorboard/``, ``last.pt`` (all
-    that going on needs, written after every epoch) and ``best.pt`` (deployable weights: the moving average if there is
-    one). The host waits for the device when losses are read (``config.log_every``) and at the end of an epoch only.
+    that going on needs, written after every epoch and within it as often as the config says) and ``best.pt`` (deployable
+    weights: the moving average if there is one). SIGINT, SIGTERM and SIGHUP end the step that it is in, write ``last.pt``
+    and raise. The host waits for the device when losses are read (``config.log_every``), for a checkpoint and at the end of
+    an epoch only.
 
     Args:
         task: model, data and losses. For a resumed run the model is built from ``run.adopted``; its weights are read here.
@@ -249,7 +280,9 @@ def train(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -> T
     Raises:
         UserError: resuming with other data; too few images for a batch; too many unreadable images.
         OSError: a file of the run cannot be written.
-        FloatingPointError: a loss or a weight became infinite or not a number. ``last.pt`` is from the epoch before.
+        KeyboardInterrupt: a signal asked for an end; ``Terminated`` for any but SIGINT.
+        FloatingPointError: too many losses or gradients, or a weight, became infinite or not a number. ``last.pt`` stays as
+            it was.
     """
     config.validate()
     start = time.perf_counter()
@@ -261,18 +294,22 @@ def train(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -> T
     elif runtime.is_main:
         run.write_config(task.config)
 
-    log = RunLog(run.folder, runtime, config.epochs, config.epochs * loop.steps_per_epoch, state.step, state.history)
-    with log:
+    num_steps = config.epochs * loop.steps_per_epoch
+    waits_for_evaluation = state.batch == loop.num_batches
+    # A checkpoint comes after what is logged of its step, but for an evaluation that follows it: to log that once, all of
+    # this step is logged again.
+    purge_step = state.step + 1 if state.step and not waits_for_evaluation else state.step
+    with (
+        loop.stop,
+        RunLog(run.folder, runtime, config.epochs, num_steps, state.step, state.history, purge_step) as log,
+    ):
         while state.epoch < config.epochs:
-            epoch_start = time.perf_counter()
-            learning_rates, batch = loop.train_epoch(log)
+            batch = loop.train_epoch(log)
             loop.settle_epoch()
             is_best, evaluates = False, loop.evaluates()
             if evaluates:
                 is_best = loop.evaluate(log, batch)
-            reading = loop.end_epoch(
-                learning_rates, evaluates=evaluates, is_best=is_best, seconds=time.perf_counter() - epoch_start
-            )
+            reading = loop.end_epoch(evaluates=evaluates, is_best=is_best)
             log.end_epoch(state.history[-1], reading, shown_metric=task.metric)
 
     if loop.skipped and runtime.is_main:
@@ -329,12 +366,17 @@ def _prepare(task: Task, config: TrainConfig, run: Run[Any], runtime: Runtime) -
         module=module,
         parameters=parameters,
         num_batches=num_batches,
+        guard=NonFiniteGuard(runtime, task.model, task.image_names),
     )
 
 
 def _say_where_it_goes_on(state: TrainState, config: TrainConfig, run: Run[Any]) -> None:
     if state.epoch == config.epochs:
         _log.info("%s: this run is finished, all its %d epochs are done", run.folder, config.epochs)
+    elif state.batch:
+        _log.info(
+            "%s: going on after batch %d of epoch %d of %d", run.folder, state.batch, state.epoch + 1, config.epochs
+        )
     else:
         _log.info("%s: going on after epoch %d of %d", run.folder, state.epoch, config.epochs)
 
@@ -349,6 +391,10 @@ class _Loop:
         num_batches: of an epoch.
         skipped: images that could not be read so far.
         damaged: images that decoded to partly wrong pixels so far.
+        stop: whether a signal asks for an end.
+        guard: leaves out steps whose loss or gradient is not finite.
+        epoch_start: when this start of the run began with the unfinished epoch, by ``time.perf_counter``.
+        saved_at: when the last checkpoint was written, likewise.
     """
 
     task: Task
@@ -362,72 +408,138 @@ class _Loop:
     num_batches: int
     skipped: set[str] = field(default_factory=set)
     damaged: set[str] = field(default_factory=set)
+    stop: StopRequest = field(default_factory=StopRequest)
+    guard: NonFiniteGuard
+    epoch_start: float = field(default_factory=time.perf_counter)
+    saved_at: float = field(default_factory=time.perf_counter)
 
     @property
     def steps_per_epoch(self) -> int:
         return math.ceil(self.num_batches / self.config.accumulate)
 
-    def train_epoch(self, log: RunLog) -> tuple[dict[str, float], Any]:
-        """The steps of an epoch; gives the learning rates of the last one and its batch, on the device."""
+    def train_epoch(self, log: RunLog) -> Any:
+        """The steps of an epoch that are left; gives the last batch, on the device, or None where no step was left."""
         state, config, runtime = self.state, self.config, self.runtime
-        seed_everything(config.seed, epoch=state.epoch, rank=runtime.rank)
-        _set_epoch(self.loader, state.epoch)
+        self.epoch_start = time.perf_counter()
+        log.start_epoch(state.epoch, self.steps_per_epoch, math.ceil(state.batch / config.accumulate))
+        if state.batch == self.num_batches:  # stopped after the last step, and its window is purged
+            log.window(state.epoch, state.step, state.readings[-1], state.learning_rates)
+            return None
+        self.loader.set_epoch(state.epoch, state.batch)
         self.task.step.train()
-        log.start_epoch(state.epoch, self.steps_per_epoch)
         meter = Meter(runtime)
+        if state.window is not None:
+            meter.load_state(state.window)
+            state.window = None
         for batch, wait_seconds in with_wait(self.loader):
             self._note_skipped(batch.skipped)
             self._note_damaged(batch.damaged)
+            image_ids = batch.image_ids.tolist()
             batch = batch.to(runtime.device, non_blocking=True)
             if log.writer is not None and state.step == 0 and state.batch == 0:
                 _log_images(self.task, log.writer, state.step, batch, state.model)
                 self.task.step.train()
-            completes_group = self._forward_and_backward(batch, meter, wait_seconds)
+            seed_everything(config.seed, epoch=state.epoch, rank=runtime.rank, batch=state.batch)
+            completes_group = self._forward_and_backward(batch, image_ids, meter, wait_seconds)
             state.batch += 1
             if not completes_group:
                 continue
-            learning_rates = self._update()
+            self._update(meter)
             log.advance()
             if state.step % config.log_every == 0 or state.batch == self.num_batches:
-                self._read(meter, log, learning_rates)
-        return learning_rates, batch
+                self._read(meter, log)
+            self._save_if_due(meter, log)
+        return batch
 
-    def _forward_and_backward(self, batch: Any, meter: Meter, wait_seconds: float) -> bool:
+    def _forward_and_backward(self, batch: Any, image_ids: list[int], meter: Meter, wait_seconds: float) -> bool:
         """Adds the gradient of a batch; gives whether it is the last one before a step of the optimiser."""
         state, config = self.state, self.config
         # the last group of an epoch may be smaller than the others: each is the mean over its own batches
         group_start = state.batch - state.batch % config.accumulate
         group_size = min(config.accumulate, self.num_batches - group_start)
         completes_group = state.batch + 1 == group_start + group_size
-        with _gradients_stay_local(self.module, not completes_group):
+        if state.batch == group_start:
+            self.guard.begin_step()
+        with _memory_advice(config), _gradients_stay_local(self.module, not completes_group):
             with _autocast(config.amp, self.runtime.device):
                 losses = self.module(*batch.inputs())
             state.scaler.scale(losses["loss"] / group_size).backward()
+        self.guard.add(losses["loss"], image_ids)
         meter.add(losses, len(batch), wait_seconds)
         return completes_group
 
-    def _update(self) -> dict[str, float]:
-        """A step of the optimiser and all that follows it; gives its learning rates."""
+    def _update(self, meter: Meter) -> None:
+        """A step of the optimiser and all that follows it."""
         state, optimizer = self.state, self.state.optimizer
         if self.config.optim.clip_norm is not None:
             state.scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
-        state.scaler.step(optimizer)
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
+            meter.add_norm(norm)
+        elif not state.scaler.is_enabled():
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+            meter.add_norm(norm)
+        if state.scaler.is_enabled():
+            self.guard.end_step(None)
+        else:  # the fused optimisers leave out a step by this flag, which GradScaler sets itself
+            optimizer.found_inf = self.guard.end_step(norm).float()  # type: ignore[attr-defined]
+        with _memory_advice(self.config):  # the first step makes the optimiser's state
+            state.scaler.step(optimizer)
         state.scaler.update()
         optimizer.zero_grad()
-        learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        state.learning_rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         state.schedule.step()
         if state.ema:
             state.ema.update(state.model)
         state.step += 1
-        return learning_rates
 
-    def _read(self, meter: Meter, log: RunLog, learning_rates: dict[str, float]) -> None:
+    def _read(self, meter: Meter, log: RunLog) -> None:
         """Closes a window of losses."""
+        self._report_left_out()
         reading = meter.read()
-        _check_losses(reading, self.state.epoch, self.state.step)
         self.state.readings.append(reading)
-        log.window(self.state.epoch, self.state.step, reading, learning_rates)
+        log.window(self.state.epoch, self.state.step, reading, self.state.learning_rates)
+
+    def _report_left_out(self) -> None:
+        """Names and counts the batches that were left out; ends the run when there are too many."""
+        state, limit = self.state, self.config.max_left_out
+        state.num_left_out += self.guard.report()
+        if state.num_left_out > limit:
+            raise FloatingPointError(
+                f"{state.num_left_out} batches of this run had a loss or gradient that is infinite or not a number and were "
+                f"left out, more than --train.max-left-out {limit}; this is epoch {state.epoch + 1}, step {state.step}. "
+                f"Lower --train.optim.lr, set --train.optim.clip-norm, or look at the images that are named above. The last "
+                f"checkpoint is kept"
+            )
+
+    def _save_if_due(self, meter: Meter, log: RunLog) -> None:
+        """Writes a checkpoint within the epoch where the config or a signal asks for one; ends the run for a signal."""
+        state, config = self.state, self.config
+        num_steps, minutes = config.checkpoint_every_steps, config.checkpoint_every_minutes
+        is_due = num_steps is not None and state.step % num_steps == 0
+        is_due |= minutes is not None and time.perf_counter() - self.saved_at >= 60 * minutes
+        is_due, stops = self.runtime.any_over_processes(is_due, self.stop.number is not None)
+        if not (is_due or stops):
+            return
+        _check_weights(self.parameters, state.epoch, state.step)
+        self._report_left_out()
+        state.window = meter.state()
+        log.flush()
+        self._save()
+        if stops:
+            self._say_where_it_stopped()
+            raise self.stop.error()
+
+    def _save(self) -> None:
+        """Writes ``last.pt`` (process 0)."""
+        state, before = self.state, self.state.seconds
+        if self.runtime.is_main:
+            state.seconds = before + time.perf_counter() - self.epoch_start
+            state.save(self.run.last_path, self.task.checkpoint_extra())
+            state.seconds = before
+        self.saved_at = time.perf_counter()
+
+    def _say_where_it_stopped(self) -> None:
+        _log.info("%s: stopped in epoch %d after step %d", self.run.last_path, self.state.epoch + 1, self.state.step)
 
     def settle_epoch(self) -> None:
         """Brings the processes together after the last step: what cannot be read, what the batch norms saw."""
@@ -447,29 +559,40 @@ class _Loop:
     def evaluate(self, log: RunLog, batch: Any) -> bool:
         """Evaluates what is deployed; gives whether it is the best so far (on process 0)."""
         state, task = self.state, self.task
-        state.metrics = _evaluate(task, state.deployed)
+        try:
+            with self.stop.at_once():
+                metrics = _evaluate(task, state.deployed)
+        except KeyboardInterrupt:
+            log.flush()
+            self._save()
+            self._say_where_it_stopped()
+            raise
+        state.metrics = metrics
         if log.writer is None:
             return False
         is_best = math.isnan(state.best_metric) or state.metrics[task.metric] > state.best_metric
         if is_best:
             state.best_metric, state.best_epoch = state.metrics[task.metric], state.epoch + 1
-        _log_images(task, log.writer, state.step, batch, state.deployed)
+        if batch is not None:
+            _log_images(task, log.writer, state.step, batch, state.deployed)
+        log.evaluation(state.metrics, state.step)
         return is_best
 
-    def end_epoch(self, learning_rates: dict[str, float], *, evaluates: bool, is_best: bool, seconds: float) -> Reading:
+    def end_epoch(self, *, evaluates: bool, is_best: bool) -> Reading:
         """Counts the epoch as done and saves; gives its mean losses."""
-        state, run = self.state, self.run
+        state = self.state
         reading = Reading.mean(state.readings)
-        state.epoch, state.batch, state.readings = state.epoch + 1, 0, []
+        seconds = state.seconds + time.perf_counter() - self.epoch_start
+        state.epoch, state.batch, state.readings, state.window, state.seconds = state.epoch + 1, 0, [], None, 0.0
         metrics = state.metrics if evaluates else {}
-        state.history.append(
-            epoch_record(state.epoch, state.step, reading, learning_rates, metrics, is_best=is_best, seconds=seconds)
+        record = epoch_record(
+            state.epoch, state.step, reading, state.learning_rates, metrics, is_best=is_best, seconds=seconds
         )
-        if self.runtime.is_main:
-            extra = self.task.checkpoint_extra()
-            if is_best:
-                state.save_weights(run.best_path, extra)
-            state.save(run.last_path, extra)
+        state.history.append(record)
+        if is_best:  # on process 0 alone
+            state.save_weights(self.run.best_path, self.task.checkpoint_extra())
+        self.epoch_start = time.perf_counter()
+        self._save()
         return reading
 
     def _note_damaged(self, damaged: Iterable[str]) -> None:
@@ -502,15 +625,6 @@ def _place_step(step: nn.Module, config: TrainConfig, runtime: Runtime) -> nn.Mo
     return DistributedDataParallel(step, device_ids=[runtime.device] if runtime.device.type == "cuda" else None)
 
 
-def _set_epoch(loader: TrainLoader, epoch: int) -> None:
-    """Tells the sampler which epoch begins. A loader without ``set_epoch`` draws its order from the global seed."""
-    for part in (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)):
-        set_epoch = getattr(part, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-            return
-
-
 def _autocast(amp: Literal["off", "bf16", "fp16"], device: torch.device) -> torch.autocast:
     dtype = torch.float16 if amp == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
@@ -523,22 +637,29 @@ def _gradients_stay_local(step: nn.Module, condition: bool) -> contextlib.Abstra
     return contextlib.nullcontext()
 
 
-def _check_losses(reading: Reading, epoch: int, step: int) -> None:
-    broken = [name for name, value in reading.losses.items() if not math.isfinite(value)]
-    if broken:
-        raise FloatingPointError(
-            f"the loss is no longer finite ({', '.join(broken)}) in epoch {epoch + 1}, in the "
-            f"{reading.num_batches} batches up to step {step}; lower --train.optim.lr, set --train.optim.clip-norm, or "
-            f"look at the data. The checkpoint of the epoch before is kept"
-        )
+@contextlib.contextmanager
+def _memory_advice(config: TrainConfig) -> Iterator[None]:
+    """Turns torch's errors about full memory into a ``UserError`` that says which settings need less."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        half = max(config.batch_size // 2, 2)
+        amp = "" if config.amp != "off" else ", compute in half precision (--train.amp bf16)"
+        raise UserError(
+            f"memory is full: lower --train.batch-size (now {config.batch_size}; {half} with --train.accumulate "
+            f"{config.accumulate * 2} takes steps over as many images), lower --model.input-size{amp}. torch says: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def _check_weights(parameters: list[nn.Parameter], epoch: int, step: int) -> None:
     """The last loss was taken before the last step: a checkpoint must not keep what that step broke."""
     if not nn.utils.get_total_norm([parameter.detach() for parameter in parameters]).isfinite():
         raise FloatingPointError(
-            f"the weights are no longer finite at the end of epoch {epoch + 1}, after step {step}; lower "
-            f"--train.optim.lr or set --train.optim.clip-norm. The checkpoint of the epoch before is kept"
+            f"the weights are no longer finite in epoch {epoch + 1}, after step {step}; lower "
+            f"--train.optim.lr or set --train.optim.clip-norm. The last checkpoint is kept"
         )
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones.errors import UserError
 from detection.engine.errors import EXPECTED, tell
+from detection.engine.streams import LineHandler
 from detection.engine.workers import clear_failures
 
 DeviceChoice: TypeAlias = str | int | torch.device | None
@@ -38,12 +39,14 @@ class Runtime:
         rank: number of this process, 0 .. world_size - 1. Process 0 alone writes files and prints progress.
         local_rank: number of this process on its machine.
         world_size: number of processes of the whole run.
+        host_group: the processes as a group that exchanges tensors on the CPU; None where the default group does.
     """
 
     device: torch.device
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    host_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -54,6 +57,14 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def any_over_processes(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set in any process. Every process has to call it; no GPU is waited for."""
+        if self.world_size == 1:
+            return list(flags)
+        found = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.host_group)
+        return found.bool().tolist()
 
     def union_over_processes(self, texts: Iterable[str]) -> set[str]:
         """The texts of all processes together. Every process has to call it."""
@@ -119,7 +130,7 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format="%(message)s" if world_size == 1 else f"[{rank}] %(message)s",
-        stream=sys.stdout,
+        handlers=[LineHandler(sys.stdout)],
     )
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -130,17 +141,19 @@ def open_runtime(device: DeviceChoice = "auto", num_threads: int | None = None) 
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
 
+    host_group: dist.ProcessGroup | None = None
     if world_size > 1:
         # Default arguments of this module are the group that is open when it is first imported, and DDP imports it: such a
         # group outlives destroy_process_group, and one of Gloo's threads that lives on can abort the interpreter's end.
         importlib.import_module("torch.distributed.nn.functional")
         if chosen.type == "cuda":
             dist.init_process_group("nccl", device_id=chosen)
+            host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         else:
             dist.init_process_group("gloo")
     try:
         with clear_failures():
-            yield Runtime(device=chosen, rank=rank, local_rank=local_rank, world_size=world_size)
+            yield Runtime(device=chosen, rank=rank, local_rank=local_rank, world_size=world_size, host_group=host_group)
     except EXPECTED as error:
         if world_size > 1:
             tell(error, f"[{rank}] ")
@@ -237,13 +250,13 @@ def _has_number(choice: DeviceChoice) -> bool:
     return device is not None and device.type == "cuda" and ":" in str(device)
 
 
-def seed_everything(seed: int, *, epoch: int = 0, rank: int = 0) -> None:
-    """Seeds torch (all devices), numpy and random for one epoch of one process.
+def seed_everything(seed: int, *, epoch: int = 0, rank: int = 0, batch: int = 0) -> None:
+    """Seeds torch (all devices), numpy and random for one batch of one process.
 
-    The state depends on (seed, epoch, rank) alone. An epoch therefore draws the same numbers in a run that was
+    The state depends on (seed, epoch, rank, batch) alone. A batch therefore draws the same numbers in a run that was
     stopped and resumed before it as in one that was not, and no generator has to be saved.
     """
-    torch_seed, numpy_seed = np.random.SeedSequence((seed, epoch, rank)).generate_state(2).tolist()
+    torch_seed, numpy_seed = np.random.SeedSequence((seed, epoch, rank, batch)).generate_state(2).tolist()
     torch.manual_seed(torch_seed)
     np.random.seed(numpy_seed)  # noqa: NPY002  libraries draw from the global generator
     random.seed(numpy_seed)

@@ -39,6 +39,10 @@ class TrainState:
         batch: batches done in the epoch after these.
         step: optimiser steps done.
         readings: the windows of the losses in the unfinished epoch.
+        window: the losses of the batches after these (``Meter.state``), None where there are none.
+        learning_rates: of the last step, by the name of the parameter group.
+        seconds: what the unfinished epoch took before this start of the run.
+        num_left_out: batches that were left out because their loss or gradient was not finite.
         metrics: the last evaluation.
         best_metric, best_epoch: the best value of the task's metric (NaN before there is one) and its epoch (from 1).
         history: a record for each epoch, the lines of metrics.jsonl.
@@ -57,6 +61,10 @@ class TrainState:
     batch: int = 0
     step: int = 0
     readings: list[Reading] = field(default_factory=list)
+    window: dict[str, Any] | None = None
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    num_left_out: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     best_metric: float = math.nan
     best_epoch: int = 0
@@ -92,6 +100,10 @@ class TrainState:
             "world_size": self.world_size,
             "batch": self.batch,
             "readings": [reading.to_plain() for reading in self.readings],
+            "window": self.window,
+            "learning_rates": self.learning_rates,
+            "seconds": self.seconds,
+            "num_left_out": self.num_left_out,
             "best_metric": self.best_metric,
             "best_epoch": self.best_epoch,
             "history": self.history,
@@ -126,6 +138,10 @@ class TrainState:
         self.epoch, self.step, self.metrics = content["epoch"], content["step"], content["metrics"]
         self.batch = training.get("batch", 0)
         self.readings = [Reading(**reading) for reading in training.get("readings", ())]
+        self.window = training.get("window")
+        self.learning_rates = training.get("learning_rates", {})
+        self.seconds = training.get("seconds", 0.0)
+        self.num_left_out = training.get("num_left_out", 0)
         self.best_metric, self.best_epoch = training["best_metric"], training["best_epoch"]
         self.history = training.get("history", [])
 

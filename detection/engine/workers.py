@@ -11,6 +11,7 @@ torch's ``DataLoader`` alone falls short of what a training needs in three ways:
 import dataclasses
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,14 @@ class BatchLoader(DataLoader[Any], Generic[_Batch]):
             worker_init_fn=_init_worker,
             generator=torch.Generator().manual_seed(seed),
         )
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """The epoch of the next iteration, and the batch that it begins with; those before are not even decoded.
+
+        For samplers with ``set_epoch(epoch, first_key)``.
+        """
+        assert self.batch_size is not None
+        self.sampler.set_epoch(epoch, first_batch * self.batch_size)  # type: ignore[attr-defined]
 
     def __iter__(self) -> Iterator[_Batch]:  # type: ignore[override]  # torch's own iterator, not any
         with clear_failures():
@@ -162,6 +171,10 @@ def _no_room(for_what: str) -> str:
 
 
 def _init_worker(worker: int) -> None:
+    # Ctrl-C and a batch system's SIGTERM reach a whole group of processes. The training ends the step it is in and then
+    # its workers; without them it could not.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     cv2.setNumThreads(
         0
     )  # the processes share the work; threads inside them would only compete (torch sets its own to 1)

@@ -13,7 +13,7 @@ import contextlib
 import gc
 import io
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -62,6 +62,8 @@ class EvaluationResult:
         num_detections: detections that took part.
         unreadable: "path: reason" of every image that could not be read. Such an image counts as one in which nothing
             was found.
+        precision: float64 [T, R, K, S], interpolated precision of each evaluated class at the 101 recall levels, at most 100
+            detections; -1 for a class without ground truth of that size. COCO's ``eval["precision"][..., 2]``.
     """
 
     figures: dict[str, float]
@@ -70,6 +72,11 @@ class EvaluationResult:
     num_images: int
     num_detections: int
     unreadable: tuple[str, ...] = ()
+    precision: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0, 0, 0)), compare=False, repr=False)
+
+    def class_ap_of_size(self, area: int) -> dict[str, float | None]:
+        """AP of each evaluated class over all (0), small (1), medium (2) or large (3) objects, None without such objects."""
+        return {name: _mean(self.precision[:, :, k, area]) for k, name in enumerate(self.class_ap)}
 
 
 class _Boxes(NamedTuple):
@@ -139,6 +146,7 @@ def coco_ap(
         class_counts=chosen.counts,
         num_images=len(index),
         num_detections=len(found.labels),
+        precision=np.stack(precision, 2)[..., 2],
     )
 
 

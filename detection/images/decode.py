@@ -7,8 +7,9 @@
   regular files are opened (a pipe would wait for ever).
 * Depth: of 16 bits a channel the upper eight are taken. Where no value needs more than twelve bits they are taken as
   twelve, as scanners and industrial cameras write them; the image would be all but black otherwise.
-* Damage: what does not decode, and a JPEG or PNG without its end, is unreadable. Damage in the middle of a JPEG shows in
-  nothing but wrong pixels and a line of libjpeg's on the error stream, which ``EncodedImage(watch=True)`` catches.
+* Damage: what does not decode, and a JPEG or PNG that is cut off, is unreadable. A JPEG that lacks its end marker and at most
+  a hundredth of its pixels is used and counts as damaged. Damage in the middle of a JPEG shows in nothing but wrong pixels
+  and a line of libjpeg's on the error stream, which ``EncodedImage(watch=True)`` catches.
 """
 
 import os
@@ -34,6 +35,9 @@ MAX_PIXELS = 178_956_970
 """Width times height of the largest image that is decoded: half a gigabyte of RGB, where Pillow draws the line too."""
 
 _ORIENTATION = 0x0112  # EXIF's tag
+_JPEG_END = b"\xff\xd9"
+_ENDLESS = "JPEG without its end marker"
+_MOST_MISSING = 0.01  # share of the pixels that a JPEG without its end marker may lack
 _REDUCED = {
     1: 0,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -60,11 +64,15 @@ class Header(NamedTuple):
         size: (height, width) of the pixels as stored.
         orientation: EXIF's 1 to 8; 1 where the file says nothing, or nothing sensible.
         kind: "jpeg", "png", "tiff" or "other".
+        depth: bits of a channel.
+        cmyk: whether the channels are the four of printing; decoded they become RGB by a rough rule.
     """
 
     size: tuple[int, int]
     orientation: int
     kind: str
+    depth: int = 8
+    cmyk: bool = False
 
     @property
     def shown_size(self) -> tuple[int, int]:
@@ -82,21 +90,27 @@ class EncodedImage:
             meanwhile on the error stream is printed a moment later.
 
     Attributes:
+        encoded: the file's bytes.
         header: size as stored and orientation.
-        damage: what the JPEG library said while the image was decoded; "" where it said nothing, or nobody listened.
+        damage: what is wrong with a JPEG that is used all the same: its end marker is missing, or what the JPEG library
+            said while it was decoded; "" where there was nothing, or nobody listened.
 
     Raises:
         MissingImageError: no such file.
-        UnreadableImageError: no regular file, too large, or its header makes no sense.
+        UnreadableImageError: no regular file, too large, cut off, or its header makes no sense.
     """
 
     def __init__(self, path: str | Path, max_pixels: int = MAX_PIXELS, *, watch: bool = False) -> None:
         self.path = path
         self.damage = ""
         self._watch = watch
-        self._encoded = _read_bytes(path)
+        self.encoded = _read_bytes(path)
+        self._endless = False
         try:
-            self.header = read_header(self._encoded)
+            try:
+                self.header = read_header(self.encoded)
+            except _EndlessJpegError as error:
+                self.header, self._endless = error.header, True
         except _TooLargeError:
             raise UnreadableImageError(
                 f"{path}: the image has too many pixels for Pillow, which reads its size"
@@ -109,6 +123,11 @@ class EncodedImage:
                 f"{path}: the image is {width}x{height} pixels, {height * width / 1e6:.0f} million; "
                 f"at most {max_pixels / 1e6:.0f} million are decoded"
             )
+        if self._endless:
+            ended = _end(self.encoded)
+            if ended is None:
+                raise self._undecodable()
+            self.encoded, self.damage = ended, _ENDLESS
 
     def decode(self, reduction: int = 1, *, turn: bool = True) -> NDArray[np.uint8]:
         """The image, or a smaller one, which a JPEG decodes to in a fraction of the time.
@@ -149,16 +168,17 @@ class EncodedImage:
         said: list[str] = []
         with _listening(said, self._watch and self.header.kind == "jpeg"):
             try:
-                image = cv2.imdecode(np.frombuffer(self._encoded, np.uint8), flags)
+                image = cv2.imdecode(np.frombuffer(self.encoded, np.uint8), flags)
             except (cv2.error, MemoryError):
                 image = None
-        self.damage = "; ".join(dict.fromkeys(line for line in said if "JPEG" in line.upper()))
+        heard = [line for line in said if "JPEG" in line.upper()]
+        self.damage = "; ".join(dict.fromkeys([*([_ENDLESS] if self._endless else []), *heard]))
         if image is None:
             raise self._undecodable()
         return np.asarray(image)
 
     def _undecodable(self) -> UnreadableImageError:
-        return UnreadableImageError(f"{self.path}: the image does not decode ({len(self._encoded)} bytes)")
+        return UnreadableImageError(f"{self.path}: the image does not decode ({len(self.encoded)} bytes)")
 
 
 _one_listens = threading.Lock()
@@ -237,14 +257,45 @@ def read_header(encoded: bytes, *, whole: bool = True) -> Header:
             with Image.open(BytesIO(encoded)) as image:
                 if image.format == "TIFF":
                     tags = image.tag_v2
-                    return Header((tags[257], tags[256]), _sensible(tags.get(_ORIENTATION)), "tiff")
-                return Header((image.height, image.width), _orientation(image.info.get("exif")), "other")
+                    depth, cmyk = max(tags.get(258, (1,))), tags.get(262) == 5
+                    return Header((tags[257], tags[256]), _sensible(tags.get(_ORIENTATION)), "tiff", depth, cmyk)
+                depth = 16 if image.mode.startswith("I") else 8
+                return Header((image.height, image.width), _orientation(image.info.get("exif")), "other", depth)
         except Image.DecompressionBombError as error:
             raise _TooLargeError from error
 
 
 class _TooLargeError(Exception):
     pass
+
+
+class _EndlessJpegError(ValueError):
+    """A JPEG that has a scan and no end marker behind it; ``header`` is its header."""
+
+    def __init__(self, header: Header) -> None:
+        super().__init__("cut off")
+        self.header = header
+
+
+def _end(endless: bytes) -> bytes | None:
+    """A JPEG without its end marker, ended; None where it lacks more than ``_MOST_MISSING`` of its pixels.
+
+    libjpeg does not say where the data end, and paints what is missing. So the file is decoded twice, with nothing and with
+    noise in the place of what is missing: the pixels that differ are those that hang on it.
+    """
+    data = endless.rstrip(b"\0")  # what a broken copy leaves; zeros decode as pixels
+    noise = np.random.default_rng(0).integers(0, 255, len(data), np.uint8).tobytes()  # no 255, which begins a marker
+    with _listening([], True):  # that data are missing is known
+        try:
+            one, other = (
+                cv2.imdecode(np.frombuffer(data + tail + _JPEG_END, np.uint8), cv2.IMREAD_COLOR)
+                for tail in (b"", noise)
+            )
+        except (cv2.error, MemoryError):
+            return None
+    if one is None or other is None or one.shape != other.shape:
+        return None
+    return data + _JPEG_END if (one != other).any(-1).mean() <= _MOST_MISSING else None
 
 
 def _read_bytes(path: str | Path) -> bytes:
@@ -267,7 +318,7 @@ def _read_bytes(path: str | Path) -> bytes:
 
 def _jpeg_header(data: bytes, whole: bool) -> Header:
     """From marker to marker up to the first scan; then the end has to be there (ITU T.81, annex B)."""
-    size, orientation, place = None, 1, 2
+    size, orientation, place, depth, channels = None, 1, 2, 8, 3
     while True:
         while data[place] == 0xFF:  # any number of them may stand before a marker
             place += 1
@@ -277,16 +328,20 @@ def _jpeg_header(data: bytes, whole: bool) -> Header:
             continue
         length = data[place] << 8 | data[place + 1]
         if marker in _FRAMES:
+            depth, channels = data[place + 2], data[place + 7]
             size = data[place + 3] << 8 | data[place + 4], data[place + 5] << 8 | data[place + 6]
         elif marker == 0xE1 and data[place + 2 : place + 8] == b"Exif\0\0":
             orientation = _orientation(data[place + 2 : place + length])
         elif marker == 0xDA:
             break
         place = data.index(0xFF, place + max(length, 2))
-    # FF D9 can stand in a thumbnail of the header, but not inside of a scan.
-    if size is None or not all(size) or (whole and data.rfind(b"\xff\xd9", place) < 0):
+    if size is None or not all(size):
         raise ValueError("cut off")
-    return Header(size, orientation, "jpeg")
+    header = Header(size, orientation, "jpeg", depth, channels == 4)
+    # FF D9 can stand in a thumbnail of the header, but not inside of a scan.
+    if whole and data.rfind(_JPEG_END, place) < 0:
+        raise _EndlessJpegError(header)
+    return header
 
 
 def _png_header(data: bytes, whole: bool) -> Header:
@@ -304,7 +359,7 @@ def _png_header(data: bytes, whole: bool) -> Header:
             if not whole:
                 break
             raise ValueError("cut off")
-    return Header(size, orientation, "png")
+    return Header(size, orientation, "png", data[24])
 
 
 def _orientation(exif: bytes | None) -> int:

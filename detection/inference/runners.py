@@ -12,11 +12,13 @@ import logging
 import queue
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -288,11 +290,30 @@ class _WithoutAnchors(nn.Module):
         return raw.codes, raw.class_logits
 
 
+def as_predictions(outputs: Sequence[NDArray[np.float32]], anchors: Tensor) -> RawPredictions:
+    """What a file gave, as raw predictions.
+
+    Args:
+        outputs: codes [B, A, D] and class logits [B, A, C]; or, of a file that finishes its detections itself, one array
+            [B, K, 6] of x1, y1, x2, y2 in pixels of the input, score and label, rows of score 0 being empty.
+        anchors: float32 [A, 4], the detector's.
+
+    Returns:
+        The predictions. Those of finished detections have the boxes [B, K, 4] as codes and (score, label) [B, K, 2] as class
+        logits, for ``detection.inference.exported.FilePostprocess``.
+    """
+    if len(outputs) == 1:
+        rows = torch.from_numpy(outputs[0])
+        return RawPredictions(rows[..., :4], rows[..., 4:], anchors)
+    codes, class_logits = outputs
+    return RawPredictions(torch.from_numpy(codes), torch.from_numpy(class_logits), anchors)
+
+
 class OnnxRuntimeRunner:
     """An ONNX file of a detector, run by ONNX Runtime on the CPU.
 
     Args:
-        onnx: the file, as ``to_onnx`` makes it.
+        onnx: the file: raw predictions as ``to_onnx`` makes them, or finished detections [B, K, 6].
         anchors: float32 [A, 4], the detector's.
         num_threads: threads for one call; None: as many as torch has at this moment.
 
@@ -316,18 +337,40 @@ class OnnxRuntimeRunner:
 
     def __call__(self, images: Tensor) -> RawPredictions:
         """See ``Runner``."""
-        codes, class_logits = self._session.run(None, {"images": np.ascontiguousarray(images.numpy())})
-        return RawPredictions(torch.from_numpy(codes), torch.from_numpy(class_logits), self.anchors)
+        outputs = self._session.run(None, {"images": np.ascontiguousarray(images.numpy())})
+        return as_predictions(outputs, self.anchors)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.onnx, self.anchors)
 
 
+_openvino_lock = threading.Lock()
+_openvino_cores: list[Any] = []
+
+
+def openvino_core() -> Any:
+    """The one ``openvino.Core`` of this process, which lives as long as the process does.
+
+    OpenVINO's CPU plugin (seen in 2026.4) gives the thread that loads it a stack for signal handlers, and when the last that
+    uses the plugin is dropped it frees that stack. It puts the former one back only if the stack in use is its own: not where
+    another thread drops it, nor where two cores are dropped in the order they were made (the second puts the stack of the
+    first back). The next signal that Python handles, Ctrl-C or the end of a process it started, then ends the process
+    by a segmentation fault, without a traceback.
+    """
+    import openvino
+
+    with _openvino_lock:
+        if not _openvino_cores:
+            _openvino_cores.append(openvino.Core())
+        return _openvino_cores[0]
+
+
 class OpenVinoRunner:
-    """An ONNX file of a detector, run by OpenVINO on the CPU.
+    """A file of a detector, run by OpenVINO on the CPU.
 
     Args:
-        onnx, anchors, num_threads: as for ``OnnxRuntimeRunner``.
+        onnx: the content of an ONNX file, or the path of OpenVINO's own ``.xml``.
+        anchors, num_threads: as for ``OnnxRuntimeRunner``.
 
     Raises:
         ImportError: the package is not installed.
@@ -336,12 +379,10 @@ class OpenVinoRunner:
     device = torch.device("cpu")
     own_threads = True
 
-    def __init__(self, onnx: bytes, anchors: Tensor, num_threads: int | None = None) -> None:
-        import openvino
-
+    def __init__(self, onnx: bytes | Path, anchors: Tensor, num_threads: int | None = None) -> None:
+        core = openvino_core()
         self.onnx = onnx
         self.anchors = anchors
-        core = openvino.Core()
         settings = {
             "INFERENCE_NUM_THREADS": num_threads or torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
@@ -361,10 +402,10 @@ class OpenVinoRunner:
         try:
             # The request writes every answer to the same memory, hence the copies.
             results = request.infer({0: np.ascontiguousarray(images.numpy())}, share_inputs=True)
-            codes, class_logits = results[0].copy(), results[1].copy()
+            outputs = [result.copy() for result in results.to_tuple()]
         finally:
             self._requests.put(request)
-        return RawPredictions(torch.from_numpy(codes), torch.from_numpy(class_logits), self.anchors)
+        return as_predictions(outputs, self.anchors)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.onnx, self.anchors)

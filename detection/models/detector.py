@@ -139,7 +139,7 @@ class Detector(nn.Module, ABC):
         self.normalise = Normalise(mean, std)
 
     @abstractmethod
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def codes_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised float images [B, 3, H, W], channels-last -> box codes [B, A, D], class logits [B, A, C].
 
         ``forward`` calls this; whoever uses a detector calls the detector.
@@ -171,11 +171,19 @@ class Detector(nn.Module, ABC):
         Raises:
             UserError: the images have another size than the anchors were made for.
         """
+        codes, class_logits = self.codes_and_logits(self.network_input(images))
+        return RawPredictions(codes, class_logits, self.anchors)
+
+    def network_input(self, images: Tensor) -> Tensor:
+        """Images as ``forward`` takes them -> normalised, channels-last.
+
+        Raises:
+            UserError: as for ``forward``.
+        """
         if tuple(images.shape[-2:]) != tuple(self.config.input_size):
             raise UserError(
                 f"this detector was built for inputs of {self.config.input_size} (height, width), "
                 f"got {tuple(images.shape[-2:])}; build it with another model.input_size"
             )
-        x = self.normalise(images).contiguous(memory_format=torch.channels_last)
-        codes, class_logits = self.predict(x)
-        return RawPredictions(codes, class_logits, self.anchors)
+        normalised: Tensor = self.normalise(images).contiguous(memory_format=torch.channels_last)
+        return normalised

@@ -3,6 +3,7 @@
 Letters in shapes: B batch, A anchors, C columns of class logits, D numbers of a box code, H W height and width of a map.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from detection.models.box_coders import DistributionBoxCoder
 from detection.models.detector import Detector, DetectorConfig, Triple
 from detection.models.heads import names_of_parameters, per_anchor
 from detection.models.necks import DepthwiseSeparable, Layer, LightPAN
-from detection.structures import ResizeMode
+from detection.structures import RawPredictions, ResizeMode
 
 # Field, least and most: a config may come from a file that nobody checked.
 _LIMITS = (
@@ -33,7 +34,7 @@ _LIMITS = (
 @dataclass(kw_only=True, slots=True)
 class LiteDetConfig(DetectorConfig):
     fields_of_weights: ClassVar[tuple[str, ...]] = (
-        "features", "neck_width", "neck_depth", "head_depth", "kernel_size", "bins", "first_bin", "score",
+        "features", "neck_width", "neck_depth", "head_depth", "kernel_size", "bins", "first_bin", "one_to_one", "score",
         "background_column", "norm_eps",
     )  # fmt: skip
 
@@ -61,6 +62,10 @@ class LiteDetConfig(DetectorConfig):
     first_bin: float = -0.5
     """The first of these distances, in strides. Below 0 a point just outside of an object can describe it, which an object
     smaller than the finest stride needs."""
+    one_to_one: bool = False
+    """Train a second head beside the first, with one anchor for each object, whose detections need no suppression."""
+    predict_with: Literal["one_to_many", "one_to_one"] = "one_to_many"
+    """The head that predicts. With one_to_one set postprocess.nms_threshold to 1, which suppresses nothing."""
     score: Literal["sigmoid"] = "sigmoid"
     """How class logits become scores."""
     background_column: bool = False
@@ -83,6 +88,8 @@ class LiteDetConfig(DetectorConfig):
                 raise UserError(f"model.{name} must be in {least}..{most}, got {getattr(self, name)}")
         if self.score != "sigmoid" or self.background_column:
             raise UserError("LiteDet has sigmoid scores and no background column; leave model.score as it is")
+        if self.predict_with == "one_to_one" and not self.one_to_one:
+            raise UserError("model.predict_with is one_to_one, and model.one_to_one is False: there is no such head")
 
     def box_coder(self) -> DistributionBoxCoder:
         return DistributionBoxCoder(self.bins, self.first_bin)
@@ -107,11 +114,20 @@ class LiteDetHead(nn.Module):
         self.code_size = code_size
         self.num_columns = num_columns
         self.shared = nn.ModuleList(
-            nn.Sequential(*(DepthwiseSeparable(spec.channels, spec.channels, kernel_size, layer) for _ in range(depth)))
+            nn.Sequential(
+                *(
+                    DepthwiseSeparable(spec.channels, spec.channels, kernel_size, layer, shortcut=True)
+                    for _ in range(depth)
+                )
+            )
             for spec in specs
         )
         self.box = nn.ModuleList(nn.Conv2d(spec.channels, code_size, 1) for spec in specs)
         self.classes = nn.ModuleList(nn.Conv2d(spec.channels, num_columns, 1) for spec in specs)
+
+    def class_outputs(self) -> list[nn.Conv2d]:
+        """The convolution of each map that makes the class logits."""
+        return [layer for layer in self.classes if isinstance(layer, nn.Conv2d)]
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Maps [B, C_k, H_k, W_k] -> box codes [B, A, D], class logits [B, A, C]."""
@@ -146,24 +162,54 @@ class LiteDet(Detector):
         self.neck = LightPAN(specs, width, config.neck_depth, kernel_size, config.backbone.padding, layer)
         specs = self.neck.feature_specs
         code_size = config.box_coder().code_size
-        self.head = LiteDetHead(specs, config.head_depth, kernel_size, code_size, num_classes, layer)
+        heads = [
+            LiteDetHead(specs, config.head_depth, kernel_size, code_size, num_classes, layer)
+            for _ in range(1 + config.one_to_one)
+        ]
+        self.head = heads[0]
+        self.one_to_one_head = heads[1] if config.one_to_one else None
         self.register_buffer("anchors", stride_squares([s.stride for s in specs], config.input_size), persistent=False)
-        for module in (*self.neck.modules(), *self.head.modules()):
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)  # on fan-in: what goes into a depthwise kernel is its own cells
-        for outputs, bias in ((self.head.box, 0.0), (self.head.classes, -math.log((1 - config.prior) / config.prior))):
-            for output in outputs:
+        for part in (self.neck, *heads):
+            for module in part.modules():
+                if isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(
+                        module.weight
+                    )  # on fan-in: what goes into a depthwise kernel is its own cells
+        prior = -math.log((1 - config.prior) / config.prior)
+        for head, (outputs, bias) in itertools.product(heads, (("box", 0.0), ("classes", prior))):
+            for output in getattr(head, outputs):
                 assert isinstance(output, nn.Conv2d)
                 assert output.bias is not None
                 nn.init.normal_(output.weight, std=0.01)
                 nn.init.constant_(output.bias, bias)
 
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        codes, class_logits = self.head(self.neck(list(self.backbone(images).values())))
+    def _heads(self) -> list[LiteDetHead]:
+        return [self.head] if self.one_to_one_head is None else [self.head, self.one_to_one_head]
+
+    def codes_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.neck(list(self.backbone(images).values()))
+        head = self.one_to_one_head if self.config.predict_with == "one_to_one" else self.head
+        assert head is not None
+        codes, class_logits = head(maps)
         return codes, class_logits
 
+    def forward(self, images: Tensor) -> RawPredictions:
+        """See ``Detector``. In training, with two heads, the anchors come twice: those of the second head after the first's.
+
+        The second head learns from the maps as they are and does not change them (YOLOv10, arXiv 2405.14458, as published).
+        """
+        if self.one_to_one_head is None or not self.training:
+            return super().forward(images)
+        maps = self.neck(list(self.backbone(self.network_input(images)).values()))
+        codes, class_logits = self.head(maps)
+        more_codes, more_logits = self.one_to_one_head([x.detach() for x in maps])
+        return RawPredictions(
+            torch.cat((codes, more_codes), 1), torch.cat((class_logits, more_logits), 1), self.anchors.repeat(2, 1)
+        )
+
     def class_tensors(self) -> frozenset[str]:
-        return names_of_parameters(self, list(self.head.classes))
+        return names_of_parameters(self, [layer for head in self._heads() for layer in head.class_outputs()])
 
     def parts(self) -> Mapping[str, nn.Module]:
-        return {**dict(self.backbone.named_children()), "neck": self.neck, "head": self.head}
+        parts = {**dict(self.backbone.named_children()), "neck": self.neck, "head": self.head}
+        return parts if self.one_to_one_head is None else {**parts, "one-to-one head": self.one_to_one_head}

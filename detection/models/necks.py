@@ -12,15 +12,26 @@ from torch import Tensor, nn
 
 from backbones.errors import UserError
 from backbones.features import FeatureSpec
-from backbones.layers import ConvNormAct, PaddingMode
+from backbones.layers import ConvNormAct, PaddingMode, ReLU6
 
 Layer = Callable[..., ConvNormAct]  # ConvNormAct with the batch norm values of the new layers filled in
 
 
-class DepthwiseSeparable(nn.Sequential):
+class DepthwiseSeparable(nn.Module):
     """A depthwise and a 1x1 convolution, each with batch norm and ReLU6 (MobileNet, arXiv 1704.04861, section 3.1).
 
+    With a shortcut (ResNet, arXiv 1512.03385, section 3.2) a map is added before the last ReLU6. The norm before the sum starts
+    at zero, so that an untrained block hands on what it is given: a training of a few thousand steps then begins with what the
+    pretrained backbone knows, and not behind a stack of random layers.
+
     [B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)].
+
+    Args:
+        in_channels, out_channels: C_in, C_out.
+        kernel_size: of the depthwise convolution.
+        layer: makes a convolution with its batch norm.
+        stride, padding: of the depthwise convolution.
+        shortcut: whether a map is added.
     """
 
     def __init__(
@@ -31,11 +42,37 @@ class DepthwiseSeparable(nn.Sequential):
         layer: Layer,
         stride: int = 1,
         padding: PaddingMode = "symmetric",
+        shortcut: bool = False,
     ) -> None:
-        super().__init__(
-            layer(in_channels, in_channels, kernel_size, stride, groups=in_channels, padding=padding),
-            layer(in_channels, out_channels, 1),
+        super().__init__()
+        self.depthwise = layer(in_channels, in_channels, kernel_size, stride, groups=in_channels, padding=padding)
+        self.pointwise = layer(in_channels, out_channels, 1, activation=not shortcut)
+        self.act = ReLU6() if shortcut else None
+        if shortcut:
+            nn.init.zeros_(self.pointwise.norm.weight)
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Maps [B, C_in, H, W] and, where it was asked for, what is added: [B, C_out, H, W]; None: the input itself."""
+        found: Tensor = self.pointwise(self.depthwise(x))
+        if self.act is None:
+            return found
+        summed: Tensor = self.act(found + (x if shortcut is None else shortcut))
+        return summed
+
+
+class Mix(nn.Module):
+    """Two maps [B, C, H, W] each, concatenated and mixed into one that continues the first."""
+
+    def __init__(self, width: int, depth: int, kernel_size: int, layer: Layer) -> None:
+        super().__init__()
+        self.first = DepthwiseSeparable(2 * width, width, kernel_size, layer, shortcut=True)
+        self.more = nn.Sequential(
+            *(DepthwiseSeparable(width, width, kernel_size, layer, shortcut=True) for _ in range(depth - 1))
         )
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        mixed: Tensor = self.more(self.first(torch.cat((x, other), 1), x))
+        return mixed
 
 
 class LightPAN(nn.Module):
@@ -74,11 +111,8 @@ class LightPAN(nn.Module):
         if any(coarse != 2 * fine for fine, coarse in itertools.pairwise(strides)):
             raise UserError(f"the neck needs maps whose strides double, got strides {strides}; set model.features")
 
-        def mix() -> nn.Sequential:
-            first = DepthwiseSeparable(2 * width, width, kernel_size, layer)
-            return nn.Sequential(
-                first, *(DepthwiseSeparable(width, width, kernel_size, layer) for _ in range(depth - 1))
-            )
+        def mix() -> Mix:
+            return Mix(width, depth, kernel_size, layer)
 
         def halve() -> DepthwiseSeparable:
             return DepthwiseSeparable(width, width, kernel_size, layer, 2, padding)
@@ -99,10 +133,10 @@ class LightPAN(nn.Module):
         downward = [reduced[last]]  # the coarsest first
         for step, mix in enumerate(self.top_down):
             finer = reduced[last - 1 - step]
-            downward.append(mix(torch.cat((finer, _doubled(downward[-1], finer)), 1)))
+            downward.append(mix(finer, _doubled(downward[-1], finer)))
         found = [downward[last]]
         for step, (halve, mix) in enumerate(zip(self.halve, self.bottom_up, strict=True)):
-            found.append(mix(torch.cat((downward[last - 1 - step], halve(found[-1])), 1)))
+            found.append(mix(downward[last - 1 - step], halve(found[-1])))
         found.append(self.extra_before(reduced[last]) + self.extra_after(found[-1]))
         return found
 

@@ -121,7 +121,7 @@ class SSDLite(Detector):
         if self.config.background_column:
             nn.init.constant_(output.bias.view(-1, self.head.num_columns)[:, 0], -rare)
 
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def codes_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
         maps = list(self.backbone(images).values())
         maps += self.extras(maps[-1])
         codes, class_logits = self.head(maps)

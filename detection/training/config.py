@@ -15,6 +15,7 @@ from detection.models.build import config_type
 from detection.models.detector import DetectorConfig
 from detection.models.ssdlite import SSDLiteConfig
 from detection.postprocess import PostprocessConfig
+from detection.training.distillation import DistillationConfig
 from detection.training.litedet_loss import LiteDetLossConfig
 from detection.training.losses import LossConfig
 from detection.training.ssd_loss import SSDLossConfig
@@ -85,6 +86,11 @@ class DetectionConfig:
     """The network."""
     loss: LossConfig = field(default_factory=SSDLossConfig)
     """What it learns from."""
+    teacher: str | None = None
+    """A trained detector to learn from beside the labels: of the same kind and classes, larger than the model (a file, or a
+    published name). None: the labels alone."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """How much is learnt from the teacher."""
     postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
     """How its predictions become detections."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -109,7 +115,16 @@ class DetectionConfig:
 
     def validate(self) -> None:
         """Raises UserError for values that make no sense, alone or together. Called once, after all overrides."""
-        for part in (self.model, self.model.backbone, self.loss, self.postprocess, self.augment, self.train):
+        parts = (
+            self.model,
+            self.model.backbone,
+            self.loss,
+            self.distillation,
+            self.postprocess,
+            self.augment,
+            self.train,
+        )
+        for part in parts:
             part.validate()
         if self.data.workers < 0 or self.data.val_batch_size < 1:
             raise UserError(

@@ -3,7 +3,7 @@
 Letters in shapes: B batch, A anchors, M objects of an image (padded).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -31,13 +31,17 @@ class LiteDetLossConfig(LossConfig):
     """Weight of the box loss (GIoU)."""
     distribution_weight: float = 0.25
     """Weight of the loss on the distributions of the boxes' sides."""
+    one_to_one_weight: float = 1.0
+    """Weight of the whole loss of a one-to-one head, where the network has one."""
     focal_gamma: float = 2.0
     """How strongly the classification loss forgets scores that are right already."""
 
     def validate(self) -> None:
         self.assigner.validate()
-        if min(self.classification_weight, self.box_weight, self.distribution_weight) < 0:
-            raise UserError("loss.classification_weight, box_weight and distribution_weight must not be negative")
+        if min(self.classification_weight, self.box_weight, self.distribution_weight, self.one_to_one_weight) < 0:
+            raise UserError(
+                "loss.classification_weight, box_weight, distribution_weight and one_to_one_weight must not be negative"
+            )
         if self.focal_gamma < 1:
             raise UserError(f"loss.focal_gamma must be at least 1, got {self.focal_gamma}")
 
@@ -55,7 +59,7 @@ class LiteDetLossConfig(LossConfig):
         self.check(model.config)
         box_coder = model.config.box_coder()
         assert isinstance(box_coder, DistributionBoxCoder)
-        return LiteDetLoss(self, box_coder)
+        return LiteDetLoss(self, box_coder, getattr(model.config, "one_to_one", False))
 
 
 def _distributions(model: DetectorConfig) -> bool:
@@ -72,22 +76,35 @@ class LiteDetLoss(DetectionLoss):
     Args:
         config: see ``LiteDetLossConfig``.
         box_coder: the code that the predictions are written in.
+        one_to_one: whether the second half of the anchors belongs to a one-to-one head: the same loss, with the best anchor of
+            each object alone (consistent dual assignment, YOLOv10, arXiv 2405.14458, section 3.1).
     """
 
-    def __init__(self, config: LiteDetLossConfig, box_coder: DistributionBoxCoder) -> None:
+    def __init__(self, config: LiteDetLossConfig, box_coder: DistributionBoxCoder, one_to_one: bool = False) -> None:
         super().__init__()
         config.validate()
         self.config = config
         self.box_coder = box_coder
         self.assigner = TaskAlignedAssigner(config.assigner, box_coder)
+        alone = replace(config.assigner, anchors_per_object=1)
+        self.one_to_one = TaskAlignedAssigner(alone, box_coder) if one_to_one else None
 
     def forward(self, raw: RawPredictions, target: Target) -> dict[str, Tensor]:
-        """See ``DetectionLoss``; the parts are ``loss_class``, ``loss_box`` and ``loss_distribution``."""
+        """See ``DetectionLoss``; the parts are ``loss_class``, ``loss_box`` and ``loss_distribution``, and with a one-to-one head
+        ``loss_one_to_one``, the weighted sum of its three."""
+        if self.one_to_one is None:
+            return self._of_head(raw, target, self.assigner)
+        first, second = (RawPredictions(*part) for part in zip(*(x.chunk(2, -2) for x in raw), strict=True))
+        losses = self._of_head(first, target, self.assigner)
+        loss = self.config.one_to_one_weight * self._of_head(second, target, self.one_to_one)["loss"]
+        return {**losses, "loss": losses["loss"] + loss, "loss_one_to_one": loss}
+
+    def _of_head(self, raw: RawPredictions, target: Target, assigner: TaskAlignedAssigner) -> dict[str, Tensor]:
         logits, codes, anchors = raw.class_logits.float(), raw.codes.float(), raw.anchors
         B, A = logits.shape[:2]
         predicted = self.box_coder.decode(codes, anchors)
         with torch.no_grad():
-            positive, objects, quality = self.assigner.assign(predicted.detach(), logits.detach(), target, anchors)
+            positive, objects, quality = assigner.assign(predicted.detach(), logits.detach(), target, anchors)
             if target.valid.shape[1]:
                 labels = torch.gather(target.labels, 1, objects)
                 boxes = torch.gather(target.boxes, 1, objects[..., None].expand(B, A, 4))

@@ -71,16 +71,32 @@ class DetectionLoss(nn.Module, ABC):
 
 
 class TrainingStep(nn.Module):
-    """Network and loss as one module, which is compiled, wrapped in DDP and called once per step."""
+    """Network and loss as one module, which is compiled, wrapped in DDP and called once per step.
 
-    def __init__(self, model: Detector, loss: DetectionLoss) -> None:
+    Args:
+        model: the network.
+        loss: between its predictions and the objects.
+        distillation: images, raw predictions -> further parts of the loss, by name; None: there is no teacher.
+    """
+
+    def __init__(self, model: Detector, loss: DetectionLoss, distillation: nn.Module | None = None) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
+        self.distillation = distillation
 
     def forward(self, images: Tensor, boxes: Tensor, labels: Tensor, valid: Tensor) -> dict[str, Tensor]:
-        """uint8 images [B, 3, H, W] and the fields of ``Target`` -> scalar losses; ``loss`` is the one to minimise."""
-        losses: dict[str, Tensor] = self.loss(self.model(images), Target(boxes, labels, valid))
+        """uint8 images [B, 3, H, W] and the fields of ``Target`` -> scalar losses; ``loss`` is the one to minimise.
+
+        ``positives_per_object`` is for the log: matched anchors for each object of the batch.
+        """
+        raw = self.model(images)
+        losses: dict[str, Tensor] = self.loss(raw, Target(boxes, labels, valid))
+        if self.distillation is not None:
+            more = self.distillation(images, raw)
+            losses = {**losses, **more, "loss": losses["loss"] + sum(more.values())}
+        # of the batch of one process: few of these mean an assigner that does not fit the data
+        losses["positives_per_object"] = losses["positives"] * len(images) / valid.sum().clamp(min=1)
         return losses
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from backbones.errors import UserError
@@ -18,10 +17,11 @@ from backbones.weights.native import check_statistics
 from detection.data.augment import EvalTransform, TrainTransform
 from detection.data.coco import CocoIndex
 from detection.data.dataset import DetectionDataset, check_images
-from detection.data.loader import build_loader
+from detection.data.loader import build_loader, collate
 from detection.data.summary import describe
 from detection.engine.loop import TrainConfig
 from detection.engine.runtime import Runtime, seed_everything
+from detection.engine.workers import BatchLoader
 from detection.evaluation.coco_ap import CocoEvaluator
 from detection.evaluation.run import evaluate
 from detection.images.draw import draw_detections, draw_target, image_grid
@@ -31,6 +31,7 @@ from detection.models.detector import Detector
 from detection.postprocess import build_postprocess
 from detection.structures import Batch
 from detection.training.config import DetectionConfig
+from detection.training.distillation import Distillation, read_teacher
 from detection.training.losses import TrainingStep
 from detection.weights.hub import locate
 from detection.weights.info import DetectorInfo
@@ -77,17 +78,21 @@ class DetectionTask:
         _log.info("%s", describe(self.train_index, config.model.input_size))
         self._evaluator = CocoEvaluator(self.val_index)
         seed_everything(config.train.seed)  # the first weights of new layers
-        self.config, self.model = _build_model(config, names, adopted)
-        self.step = TrainingStep(self.model, self.config.loss.build(self.model))
+        self.config, self.model = build_model(config, names, adopted)
+        distillation = None
+        if config.teacher is not None:
+            distillation = Distillation(config.distillation, *read_teacher(config.teacher, self.model.config, names))
+        self.step = TrainingStep(self.model, self.config.loss.build(self.model), distillation)
         self.num_train = len(self.train_index)
         self.lr_scales: Mapping[str, float] = {"backbone.": config.backbone_lr_scale}
         self.postprocess = build_postprocess(self.model.config, config.postprocess, names)
+        self._shown: Batch | None = None
         self._train_loader = self._build_train_loader()
         self._val_loader = self._build_val_loader()
         _require_files(self.train_index, self._train_images, config.train, "training")
         _require_files(self.val_index, self._val_images, config.train, "validation")
 
-    def _build_train_loader(self) -> DataLoader[Any]:
+    def _build_train_loader(self) -> BatchLoader[Any]:
         model, train = self.config.model, self.config.train
         transform = TrainTransform(
             self.config.augment,
@@ -110,7 +115,7 @@ class DetectionTask:
         data = self.config.data
         return DetectionDataset(index, images, transform, exif=data.exif, max_pixels=data.max_pixels)
 
-    def _build_val_loader(self) -> DataLoader[Any]:
+    def _build_val_loader(self) -> BatchLoader[Any]:
         model = self.config.model
         transform = EvalTransform(model.input_size, resize_mode=model.resize, fill=self.model.config.fill)
         return build_loader(
@@ -122,7 +127,7 @@ class DetectionTask:
             pin_memory=self.runtime.device.type == "cuda",
         )
 
-    def train_loader(self) -> DataLoader[Any]:
+    def train_loader(self) -> BatchLoader[Any]:
         return self._train_loader
 
     def data_fingerprint(self) -> dict[str, int | str]:
@@ -144,6 +149,11 @@ class DetectionTask:
         evaluator.merge_across_processes()
         return evaluator.compute().figures if self.runtime.is_main else {}
 
+    def image_names(self, image_ids: Sequence[int]) -> list[str]:
+        """The files of training images."""
+        index = self.train_index
+        return [index.file_name(int(np.flatnonzero(index.image_ids == image_id)[0])) for image_id in image_ids]
+
     def checkpoint_extra(self) -> dict[str, Any]:
         info = DetectorInfo(
             model=self.model.config,
@@ -154,7 +164,9 @@ class DetectionTask:
         return {"detector": info.to_plain()}
 
     def log_images(self, writer: SummaryWriter, step: int, batch: Batch, model: nn.Module) -> None:
-        """Training images with the boxes they teach, and what the network finds in them now."""
+        """Training images with the boxes they teach, the same validation images each time with truth beside what is found,
+        and a histogram of the scores of the last evaluation."""
+        self._log_validation(writer, step, model)
         shown = slice(0, _NUM_IMAGES)
         images = batch.images[shown].permute(0, 2, 3, 1).cpu().numpy()
         names = self.train_index.class_names
@@ -175,13 +187,47 @@ class DetectionTask:
         drawn = [draw_detections(np.ascontiguousarray(image), d) for image, d in zip(images, found, strict=True)]
         writer.add_image("training/predictions", image_grid(drawn), step, dataformats="HWC")
 
+    def _log_validation(self, writer: SummaryWriter, step: int, model: nn.Module) -> None:
+        if self._shown is None:
+            self._shown = self._validation_batch()
+        shown, names = self._shown, self.train_index.class_names
+        if len(shown):
+            images = shown.images.permute(0, 2, 3, 1).numpy()
+            with torch.inference_mode():
+                raw = model(shown.images.to(self.runtime.device))
+            height, width = shown.images.shape[-2:]
+            placements = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).expand(len(images), 4)
+            found = self.postprocess(raw, placements, torch.tensor([[height, width]]).expand(len(images), 2))
+            drawn = []
+            for image, boxes, labels, valid, one in zip(
+                images, shown.boxes, shown.labels, shown.valid, found, strict=True
+            ):
+                pixels = np.ascontiguousarray(image)
+                drawn.append(draw_target(pixels, boxes[valid].numpy(), labels[valid].numpy(), names))
+                drawn.append(draw_detections(pixels, one.above(_SHOWN_SCORE)))
+            writer.add_image("validation/truth_and_found", image_grid(drawn, columns=4), step, dataformats="HWC")
+        if len(self._evaluator.table):
+            writer.add_histogram("validation/scores", self._evaluator.table.scores, step)
 
-def _build_model(
+    def _validation_batch(self) -> Batch:
+        """Some validation images with objects, evenly picked; those that cannot be read are left out."""
+        index, model = self.val_index, self.config.model
+        having = np.flatnonzero(np.diff(index.offsets) > 0)
+        picked = having[np.linspace(0, len(having) - 1, min(_NUM_IMAGES, len(having))).astype(np.int64)]
+        transform = EvalTransform(model.input_size, resize_mode=model.resize, fill=self.model.config.fill)
+        dataset = self._dataset(index.select(picked), self._val_images, transform)
+        return collate([dataset[0, place] for place in range(len(picked))])
+
+
+def build_model(
     config: DetectionConfig, names: tuple[str, ...], adopted: DetectionConfig | None
 ) -> tuple[DetectionConfig, Detector]:
     """The config as adopted, which is another object than ``config``, and its network.
 
     The network is filled with the weights to start from, or built as ``adopted`` says and left to a checkpoint.
+
+    Raises:
+        UserError, FileNotFoundError: weights that are not there or do not fit.
     """
     if adopted is not None:
         config = replace(config, model=adopted.model, loss=adopted.loss)

@@ -23,6 +23,8 @@ class DetectorInfo:
         category_ids: id of each label in the annotation files it learnt from.
         source: where the weights come from.
         licence: what may be done with them, as far as known.
+        thresholds: of each class, the score from which on detections are worth showing, as an evaluation found it
+            (``litedet eval --write-thresholds``); () where none did. Evaluations do not use them.
     """
 
     model: DetectorConfig
@@ -31,6 +33,7 @@ class DetectorInfo:
     category_ids: tuple[int, ...]
     source: str = ""
     licence: str = ""
+    thresholds: tuple[float, ...] = ()
 
     def to_plain(self) -> dict[str, Any]:
         """Dicts, lists, numbers and texts, fit for json and for a checkpoint."""
@@ -50,4 +53,6 @@ class DetectorInfo:
         info = from_plain(plain, cls, {DetectorConfig: config_type}, source)
         if len(info.class_names) != len(info.category_ids):
             raise UserError(f"{source}: {len(info.class_names)} class names and {len(info.category_ids)} category ids")
+        if info.thresholds and len(info.thresholds) != len(info.class_names):
+            raise UserError(f"{source}: {len(info.class_names)} class names and {len(info.thresholds)} thresholds")
         return info

@@ -6,6 +6,7 @@ from detection.benchmark.config import Stage
 from detection.benchmark.inputs import Inputs
 from detection.benchmark.stages.busy import busy
 from detection.benchmark.stages.data import loader, open_annotations
+from detection.benchmark.stages.detectors import detectors
 from detection.benchmark.stages.evaluate import evaluate
 from detection.benchmark.stages.predict import backends, postprocess, predict
 from detection.benchmark.stages.train import train
@@ -16,6 +17,7 @@ STAGES: Mapping[Stage, Callable[[Inputs], Iterator[Comparison]]] = {
     "backends": backends,
     "postprocess": postprocess,
     "train": train,
+    "detectors": detectors,
     "busy": busy,
     "loader": loader,
     "open": open_annotations,

@@ -11,6 +11,7 @@ from detection.benchmark.inputs import Inputs
 from detection.benchmark.peer import as_peer_input
 from detection.benchmark.timing import Comparison, compare, interleave
 from detection.inference.predictor import Predictor
+from detection.postprocess import build_postprocess
 
 
 def predict(inputs: Inputs) -> Iterator[Comparison]:
@@ -52,6 +53,7 @@ def postprocess(inputs: Inputs) -> Iterator[Comparison]:
     """Raw predictions -> detections in the image's pixels."""
     height, width = inputs.model.config.input_size
     ours = inputs.predictor("torch")
+    scores_of = build_postprocess(inputs.info.model, inputs.info.postprocess).scores
     with torch.inference_mode():
         small = [torch.from_numpy(cv2.resize(image, (width, height))).permute(2, 0, 1) for image in inputs.images]
         raws = [ours.runner(image[None]) for image in small]
@@ -70,8 +72,7 @@ def postprocess(inputs: Inputs) -> Iterator[Comparison]:
 
         times = interleave({"ours": own, "peer": peer}, inputs.config.rounds * 3, warm_up=8)
         above = statistics.mean(
-            int((ours.postprocess.scores(raw.class_logits) > inputs.info.postprocess.score_threshold).sum())
-            for raw in raws
+            int((scores_of(raw.class_logits) > inputs.info.postprocess.score_threshold).sum()) for raw in raws
         )
     inputs.notes.append(f"post-processing: {above:.0f} of {raws[0].class_logits[0, :, 1:].numel()} pairs above 0.001")
     yield compare("post-processing", "torchvision", times["ours"], times["peer"], bar=0.15)

@@ -14,8 +14,11 @@ from detection.benchmark.timing import Comparison, compare, interleave
 from detection.data.loader import build_loader
 from detection.engine.optim import OptimConfig, build_optimizer, parameter_groups
 from detection.engine.runtime import open_runtime
+from detection.models.build import build_detector
+from detection.models.litedet import LiteDetConfig
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.structures import Batch
+from detection.training.litedet_loss import LiteDetLossConfig
 from detection.training.losses import TrainingStep
 from detection.training.ssd_loss import SSDLossConfig
 from detection.weights.info import DetectorInfo
@@ -52,8 +55,10 @@ def own_step(
 ) -> Iterator[Callable[[], None]]:
     """A step of ours, in a process as ``litedet train`` prepares it."""
     with open_runtime("cpu", threads):
-        model = _load(info, weights)
-        step: nn.Module = TrainingStep(model, SSDLossConfig().build(model)).train()
+        model = build_detector(info.model, len(info.class_names))
+        model.load_state_dict(weights)
+        loss = LiteDetLossConfig() if isinstance(info.model, LiteDetConfig) else SSDLossConfig()
+        step: nn.Module = TrainingStep(model, loss.build(model)).train()
         step = step.to(memory_format=torch.channels_last)
         config = OptimConfig(lr=0.01)
         optimizer = build_optimizer(parameter_groups(model, config, {}), config)

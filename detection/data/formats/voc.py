@@ -75,10 +75,10 @@ def convert_voc(
         except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
             report.drop("annotation file that cannot be read", f"{path}: {error}")
 
-    stems = list(roots) if list_file is None else _listed(list_file, annotations, xml_files, roots, report)
+    stems = list(roots) if list_file is None else listed(list_file, annotations, xml_files, roots, report)
     if names is None:
         class_names = sorted(
-            {name for root in roots.values() for item in root.findall("object") if (name := _name(item))}
+            {name for root in roots.values() for item in root.findall("object") if (name := object_name(item))}
         )
     else:
         class_names = read_class_names(names)
@@ -89,15 +89,15 @@ def convert_voc(
         with_stem[path.stem].append(path)
     found: list[tuple[str, Path, Header]] = []
     for stem in tqdm(stems, desc="images", unit="image", leave=False):
-        image = _image_of(roots[stem], annotations / f"{stem}.xml", with_stem[stem], images, report)
+        image = image_of(roots[stem], annotations / f"{stem}.xml", with_stem[stem], images, report)
         if image is not None and (header := look_at(image, report)) is not None:
             found.append((stem, image, header))
 
-    told = {_told_by_size(header, _stated_size(roots[stem])) for stem, _, header in found} - {None}
+    told = {_told_by_size(header, stated_size(roots[stem])) for stem, _, header in found} - {None}
     open_rule: Exif = exif if exif != "auto" else "ignored" if told == {"ignored"} else "applied"
     writer = CocoWriter(report, images, category_id)
     for stem, image, header in found:
-        root, xml_path, stated = roots[stem], annotations / f"{stem}.xml", _stated_size(roots[stem])
+        root, xml_path, stated = roots[stem], annotations / f"{stem}.xml", stated_size(roots[stem])
         rule: Exif | None = None
         if header.orientation != 1:
             rule = _told_by_size(header, stated) or open_rule
@@ -112,7 +112,7 @@ def convert_voc(
         image_id = writer.add_image(image, size, rule)
         for number, item in enumerate(root.findall("object"), 1):
             where = f"{xml_path}: object {number}"
-            name = _name(item)
+            name = object_name(item)
             corners = [to_number(item.findtext(f"bndbox/{corner}")) for corner in ("xmin", "ymin", "xmax", "ymax")]
             x1, y1, x2, y2 = (np.nan if corner is None else corner for corner in corners)
             is_difficult = (item.findtext("difficult") or "0").strip() == "1"
@@ -132,7 +132,7 @@ def convert_voc(
     return report
 
 
-def _listed(
+def listed(
     list_file: Path,
     annotations: Path,
     xml_files: list[Path],
@@ -153,7 +153,7 @@ def _listed(
     return stems
 
 
-def _image_of(
+def image_of(
     root: ElementTree.Element, xml_path: Path, candidates: list[Path], folder: Path, report: ConversionReport
 ) -> Path | None:
     """The image that an annotation file speaks of."""
@@ -170,7 +170,7 @@ def _image_of(
     return chosen
 
 
-def _stated_size(root: ElementTree.Element) -> tuple[int, int]:
+def stated_size(root: ElementTree.Element) -> tuple[int, int]:
     """(height, width) as the file says; zeros where it does not."""
     height, width = (int(to_number(root.findtext(f"size/{side}")) or 0) for side in ("height", "width"))
     return (height, width) if height and width else (0, 0)
@@ -183,5 +183,5 @@ def _told_by_size(header: Header, stated: tuple[int, int]) -> Exif | None:
     return "applied" if stated == header.shown_size else "ignored" if stated == header.size else None
 
 
-def _name(item: ElementTree.Element) -> str:
+def object_name(item: ElementTree.Element) -> str:
     return (item.findtext("name") or "").strip()

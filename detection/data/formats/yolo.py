@@ -53,7 +53,7 @@ def convert_yolo(images: Path, labels: Path, names: Path, out: Path) -> Conversi
     require_folder("images", images)
     require_folder("labels", labels)
     class_names = read_class_names(names)
-    num_key_values = _key_values(names)
+    num_key_values = key_values(names)
     files = find_images(images)
     if not files:
         raise UserError(f"folder of images {images} has no image ({', '.join(IMAGE_SUFFIXES)})")
@@ -90,7 +90,7 @@ def convert_yolo(images: Path, labels: Path, names: Path, out: Path) -> Conversi
             if not row.strip():
                 continue
             where = f"{path}:{line}"
-            shares = _corners(row, num_key_values)
+            shares = corners_of_row(row, num_key_values)
             if shares is None:
                 report.drop("row that is neither a box nor a polygon", f"{where}: {row[:60]!r}")
                 continue
@@ -105,7 +105,7 @@ def convert_yolo(images: Path, labels: Path, names: Path, out: Path) -> Conversi
     return report
 
 
-def _key_values(names: Path) -> int | None:
+def key_values(names: Path) -> int | None:
     """How many values of key points a row has behind its box, where a data.yaml tells (``kpt_shape``: points, values)."""
     if not is_yaml(names):
         return None
@@ -123,7 +123,7 @@ def _key_values(names: Path) -> int | None:
     return points * values
 
 
-def _corners(row: str, num_key_values: int | None) -> tuple[int, tuple[float, float, float, float], str] | None:
+def corners_of_row(row: str, num_key_values: int | None) -> tuple[int, tuple[float, float, float, float], str] | None:
     """The class and x1, y1, x2, y2 of a row, as shares of the image, and what was guessed; nothing if it is no such row.
 
     Args:

@@ -1,0 +1,96 @@
+"""OpenVINO's own format: float32, weights in 16 bits, or int8 by NNCF. The network comes from the ONNX file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detection.export.module import RawHeads
+from detection.export.onnx import TAIL, joined, tail_onnx
+from detection.export.options import ExportOptions, Variant
+from detection.inference.exported import KEY, ExportRecord
+from detection.inference.runners import openvino_core, to_onnx
+from detection.models.detector import Detector
+
+PACKAGES = ("onnx", "onnxscript", "openvino")
+
+_INT8: dict[str, dict[str, Any]] = {
+    "NNCF, preset performance": {"preset": "PERFORMANCE"},
+    "NNCF, preset mixed": {"preset": "MIXED"},
+    "NNCF, preset mixed, accurate bias correction": {"preset": "MIXED", "fast_bias_correction": False},
+}
+
+
+class OpenVinoFile:
+    """A model of OpenVINO in memory; on disk it is an ``.xml`` and a ``.bin`` of the same name.
+
+    Args:
+        model: an ``openvino.Model``.
+        fp16: store the weights in 16 bits.
+    """
+
+    def __init__(self, model: Any, fp16: bool) -> None:
+        self.model = model
+        self.fp16 = fp16
+
+    def write(self, path: Path, record: ExportRecord) -> None:
+        """See ``Artefact``."""
+        import openvino
+
+        self.model.set_rt_info(record.to_json(), [KEY])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Under another name first: the weights of an older file and the graph of a newer one are never seen together
+        # for longer than two renames take.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            staged = Path(folder, path.name)
+            openvino.save_model(self.model, staged, compress_to_fp16=self.fp16)
+            os.replace(staged.with_suffix(".bin"), path.with_suffix(".bin"))
+            os.replace(staged, path)
+
+
+def variants(model: Detector, options: ExportOptions) -> Iterator[Variant]:
+    """Ways to make the file; see ``Exporter``.
+
+    Raises:
+        ImportError: a package is missing.
+    """
+
+    content = to_onnx(RawHeads(model).model)
+    if not options.raw:
+        content = joined(content, tail_onnx(model, options.postprocess))
+    core = openvino_core()
+    if not options.int8:
+        yield Variant(name="", make=lambda: OpenVinoFile(core.read_model(content), options.fp16))
+        return
+    assert options.calibration is not None
+    import nncf  # noqa: F401  asked for before any work is done
+
+    for name, settings in _INT8.items():
+        yield Variant(name=name, make=partial(_quantised, content, options.calibration, **settings))
+
+
+def _quantised(
+    content: bytes, calibration: NDArray[np.uint8], *, preset: str, fast_bias_correction: bool = True
+) -> OpenVinoFile:
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    model = openvino_core().read_model(content)
+    tail = [node.get_friendly_name() for node in model.get_ops() if node.get_friendly_name().startswith(TAIL)]
+    quantised = nncf.quantize(
+        model,
+        nncf.Dataset([calibration[place : place + 1] for place in range(len(calibration))]),
+        preset=getattr(nncf.QuantizationPreset, preset),
+        subset_size=len(calibration),
+        fast_bias_correction=fast_bias_correction,
+        ignored_scope=nncf.IgnoredScope(names=tail, validate=False) if tail else None,
+    )
+    return OpenVinoFile(quantised, fp16=False)

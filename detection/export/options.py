@@ -1,0 +1,57 @@
+"""What an export is asked for, and what an exporter gives."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detection.inference.exported import ExportRecord
+from detection.models.detector import Detector
+from detection.postprocess import PostprocessConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class ExportOptions:
+    """What a file is to hold.
+
+    Attributes:
+        raw: stop at the raw heads; else the file decodes and suppresses.
+        int8: 8-bit weights and activations.
+        fp16: weights stored in 16 bits.
+        postprocess: thresholds inside a file that suppresses.
+        calibration: uint8 [B, 3, H, W], images for the ranges of int8; None without int8.
+    """
+
+    raw: bool = False
+    int8: bool = False
+    fp16: bool = False
+    postprocess: PostprocessConfig
+    calibration: NDArray[np.uint8] | None = None
+
+
+class Artefact(Protocol):
+    """A network in a format, not yet under a name."""
+
+    def write(self, path: Path, record: ExportRecord) -> None:
+        """Writes the file, or files, with the record inside."""
+        ...
+
+
+@dataclass(kw_only=True, slots=True)
+class Variant:
+    """One way to make the file.
+
+    Attributes:
+        name: how it is quantised; "" for floating point.
+        make: makes it; may take minutes.
+    """
+
+    name: str
+    make: Callable[[], Artefact]
+
+
+Exporter = Callable[[Detector, ExportOptions], Iterator[Variant]]
+"""A detector on the CPU and what is wanted -> ways to make it, the most promising first."""

@@ -1,0 +1,143 @@
+"""What became of a training, from the files in its run folder: ``curves.png`` and ``report.html``."""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from backbones.errors import UserError
+from backbones.state import write_whole
+from detection.engine.chart import figure_png
+from detection.engine.log import read_record
+from detection.evaluation.report import html
+
+_log = logging.getLogger(__name__)
+
+_NOT_LOSSES = ("positives", "positives_per_object")
+
+
+def write_run_report(folder: Path) -> tuple[Path, Path]:
+    """Write ``curves.png`` and ``report.html`` of a run, finished, stopped or still going on.
+
+    Args:
+        folder: of the run, with the ``metrics.jsonl`` of a training of whatever kind.
+
+    Returns:
+        Both paths, the page first.
+
+    Raises:
+        UserError: no run, or one without a whole epoch.
+        OSError: a file cannot be written.
+    """
+    path = folder / "metrics.jsonl"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no run: there is no {path.name}; give the folder of a training (--run-dir)")
+    records = [record for record in map(read_record, path.read_text().splitlines()) if record is not None]
+    if not records:
+        raise UserError(f"{folder}: no epoch of this run is done yet; there is nothing to report")
+    png = figure_png(_panels(records))
+    page = html.page(f"Training {folder.name}", _sections(folder, records, png))
+    report, curves = folder / "report.html", folder / "curves.png"
+    write_whole(curves, png)
+    write_whole(report, page)
+    return report, curves
+
+
+def try_run_report(folder: Path) -> None:
+    """``write_run_report`` at the end of a training, which is not lost if its report fails: that is a warning."""
+    try:
+        report, _ = write_run_report(folder)
+    except (UserError, OSError, ImportError) as error:
+        _log.warning("no report of this run: %s", error)
+    else:
+        _log.info("curves and report: %s", report)
+
+
+def _panels(records: Sequence[Mapping[str, Any]]) -> list[Callable[[Any], None]]:
+    losses = [name for name in records[0]["losses"] if name not in _NOT_LOSSES]
+    metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))
+    shown = [name for name in metrics if not name.startswith("AR")]
+    panels = [
+        _panel("losses", {name: _points(records, "losses", name) for name in losses}),
+        _panel("validation", {name: _points(records, "metrics", name) for name in shown}),
+        _panel("learning rate", {name: _points(records, "lr", name) for name in records[0]["lr"]}),
+    ]
+    others = [name for name in _NOT_LOSSES if any(name in record["losses"] for record in records)]
+    panels += [_panel(name.replace("_", " "), {name: _points(records, "losses", name)}) for name in others]
+    norms = [(record["epoch"], record["gradient_norm"]) for record in records if "gradient_norm" in record]
+    if norms:
+        panels.append(_panel("gradient norm before clipping", {"norm": norms}))
+    waits = [(record["epoch"], record["data_wait_share"]) for record in records]
+    panels.append(_panel("share of time waiting for data", {"wait": waits}))
+    return panels
+
+
+def _points(records: Sequence[Mapping[str, Any]], part: str, name: str) -> list[tuple[int, float]]:
+    """(epoch, value) where there is one; -1 stands for a COCO figure that cannot be taken."""
+    return [(r["epoch"], r[part][name]) for r in records if name in r[part] and r[part][name] != -1]
+
+
+def _panel(title: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> Callable[[Any], None]:
+    def draw(axes: Any) -> None:
+        for name, points in curves.items():
+            if points:
+                marker = "o" if len(points) < 30 else None
+                axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        if len(curves) > 1 and any(curves.values()):
+            axes.legend(fontsize=8)
+
+    return draw
+
+
+def _sections(folder: Path, records: Sequence[Mapping[str, Any]], png: bytes) -> list[str]:
+    best = next((record for record in reversed(records) if record["best"]), None)
+    seconds = sum(record["seconds"] for record in records)
+    cards = [("epochs", str(records[-1]["epoch"])), ("steps", str(records[-1]["step"])), ("time", _clock(seconds))]
+    if best is not None:
+        name = next(iter(best["metrics"]))
+        cards += [(f"best {name}", f"{best['metrics'][name]:.3f}"), ("in epoch", str(best["epoch"]))]
+    image = base64.b64encode(png).decode()
+    names = list(records[-1]["losses"])
+    metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))[:3]
+    rows = [
+        [
+            f"{record['epoch']}{' (best)' if record['best'] else ''}",
+            *(f"{record['losses'].get(name, float('nan')):.3f}" for name in names),
+            *(f"{record['metrics'][name]:.3f}" if name in record["metrics"] else "-" for name in metrics),
+            f"{record['images_per_second']:.1f}",
+            f"{100 * record['data_wait_share']:.0f} %",
+        ]
+        for record in reversed(records)
+    ]
+    sections = [
+        html.section("Summary", "Of the run as far as it has gone.", html.cards(cards)),
+        html.section(
+            "Curves",
+            "Means over each epoch; those of each step are in TensorBoard.",
+            f'<img class="whole" alt="curves of the training" src="data:image/png;base64,{image}">',
+        ),
+        html.section("Epochs", "The last first.", html.table(["epoch", *names, *metrics, "images/s", "waiting"], rows)),
+    ]
+    config = folder / "config.json"
+    if config.is_file():
+        sections.append(html.section("Settings", "config.json, as adopted.", html.code(_indented(config))))
+    return sections
+
+
+def _indented(path: Path) -> str:
+    try:
+        return json.dumps(json.loads(path.read_text()), indent=2)
+    except ValueError:
+        return path.read_text(errors="replace")
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}:{minutes % 60:02d} h" if minutes >= 60 else f"{seconds / 60:.1f} min"

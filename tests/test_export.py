@@ -1,0 +1,339 @@
+"""Exported files say what torch says, carry their record, and are refused where they do not match."""
+
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from test_predictor import small_detector
+
+from backbones.errors import UserError
+from detection import load_detector
+from detection.export import onnx as onnx_export
+from detection.export import run as export_run
+from detection.export.bundle import write_bundle
+from detection.export.calibration import spread
+from detection.export.litert_metadata import associated_files, metadata
+from detection.export.module import Tail
+from detection.export.run import ExportJob, ExportResult, export
+from detection.export.verification import BOUNDS, Difference, compare
+from detection.inference.exported import ExportRecord, FilePostprocess, Format, is_exported, open_exported
+from detection.inference.predictor import Predictor
+from detection.inference.runners import as_predictions, fold_norms
+from detection.models.box_coders import SSDBoxCoder
+from detection.postprocess import PostprocessConfig
+from detection.structures import RawPredictions
+from detection.weights.native import save_detector
+
+PACKAGES: dict[Format, tuple[str, ...]] = {
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "litert": ("litert_torch", "ai_edge_litert", "ai_edge_quantizer"),
+    "torch": (),
+}
+SUFFIX = {"onnx": ".onnx", "openvino": ".xml", "litert": ".tflite", "torch": ".pt2"}
+
+
+def needs(*formats: Format) -> None:
+    for name in {package for kind in formats for package in PACKAGES[kind]}:
+        if importlib.util.find_spec(name) is None:  # not imported: one of them takes many seconds
+            pytest.skip(f"needs the package {name}, which is not installed")
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector whose answers are as large as a trained one's, and images."""
+    folder = tmp_path_factory.mktemp("export")
+    model, info = small_detector()
+    with torch.no_grad():
+        for name, parameter in model.head.named_parameters():
+            if name.endswith("weight"):
+                parameter *= 3
+    save_detector(folder / "d.safetensors", model, info)
+    generator = np.random.default_rng(0)
+    (folder / "images").mkdir()
+    for number in range(4):
+        coarse = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        cv2.imwrite(str(folder / "images" / f"{number}.png"), cv2.resize(coarse, (200, 150)))
+    return folder
+
+
+@functools.cache
+def made(folder: Path, to: Format, raw: bool) -> ExportResult:
+    out = folder / f"{to}{'_raw' if raw else ''}{SUFFIX[to]}"
+    return export(
+        ExportJob(checkpoint=folder / "d.safetensors", to=to, out=out, images=folder / "images", raw=raw),
+        say=lambda line: None,
+    )
+
+
+def images_of(folder: Path) -> list[Path]:
+    return sorted((folder / "images").iterdir())
+
+
+# --- without any package
+
+
+def test_endings_say_what_is_an_exported_file() -> None:
+    assert is_exported("a/b.onnx")
+    assert is_exported(Path("b.XML"))
+    assert not is_exported("best.pt")
+    assert not is_exported("ssdlite_mobilenet_v2_coco")
+
+
+def test_a_record_comes_back_as_it_was() -> None:
+    info = small_detector()[1]
+    record = ExportRecord(format="onnx", outputs="raw", info=info, versions={"torch": "2"}, variant="é")
+    record.measured.ap = 0.5
+    text = record.to_json()
+    assert ExportRecord.from_json(text, "f.onnx") == record
+    plain = json.loads(text)
+    assert (plain["input"]["height"], plain["input"]["width"]) == (96, 128)
+    assert plain["names"] == ["cat", "dog"]
+    with pytest.raises(UserError, match=r"f\.onnx: its record cannot be read"):
+        ExportRecord.from_json("{}", "f.onnx")
+
+
+def test_finished_rows_become_detections() -> None:
+    rows = np.zeros((1, 4, 6), np.float32)
+    rows[0, 0] = [10, 10, 20, 30, 0.5, 1]
+    rows[0, 1] = [-5, 0, 200, 96, 0.9, 0]  # sticks out
+    rows[0, 2] = [50, 50, 50, 60, 0.8, 0]  # no width
+    raw = as_predictions([rows], torch.zeros(1, 4))
+    placements = torch.tensor([[2.0, 1.0, 0.0, 0.0]])  # the image is half as wide as the input
+    (found,) = FilePostprocess(0.2, ("cat", "dog"))(raw, placements, torch.tensor([[96, 64]]))
+    assert found.scores.tolist() == pytest.approx([0.9, 0.5])
+    assert found.boxes.tolist() == [[0, 0, 64, 96], [5, 10, 10, 30]]
+    assert found.names() == ["cat", "dog"]
+    (none,) = FilePostprocess(0.95, ())(raw, placements, torch.tensor([[96, 64]]))
+    assert len(none) == 0
+
+
+def test_the_tail_finds_what_our_post_processing_finds() -> None:
+    model, info = small_detector()
+    config = PostprocessConfig(score_threshold=0.3, nms_threshold=0.5, max_detections=20)
+    generator = torch.Generator().manual_seed(0)
+    A = len(model.anchors)
+    codes = torch.randn(3, A, 4, generator=generator)
+    logits = torch.randn(3, A, 3, generator=generator)
+    logits[2, :, 0] = 20  # nothing but background
+    rows = Tail(model, config)(codes, logits)
+    assert rows.shape == (3, 20, 6)
+    assert not rows[2].any()
+    reference = Predictor(
+        lambda images: RawPredictions(codes, logits, model.anchors), replace(info, postprocess=config)
+    )
+    placements, sizes = torch.tensor([[1.0, 1, 0, 0]] * 3), torch.tensor([[96, 128]] * 3)
+    expected = reference.postprocess(RawPredictions(codes, logits, model.anchors), placements, sizes)
+    found = FilePostprocess(0.3, info.class_names)(as_predictions([rows.numpy()], model.anchors), placements, sizes)
+    assert len(expected[0]) > 5
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.boxes, other.boxes, atol=1e-3, rtol=0)
+        torch.testing.assert_close(one.scores, other.scores)
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_the_litert_tail_writes_boxes_as_the_operator_reads_them() -> None:
+    litert = pytest.importorskip("detection.export.litert")
+    from test_litedet import small_litedet  # another box coder
+
+    for model in (small_detector()[0], small_litedet()[0]):
+        tail = litert.OperatorTail(model)
+        with torch.no_grad():
+            raw = model(torch.zeros(1, 3, *model.config.input_size, dtype=torch.uint8))
+            codes, scores = tail(raw.codes, raw.class_logits)
+        y, x, h, w = (codes[0].double() / torch.tensor(tail.scales)).unbind(-1)
+        py, px, ph, pw = torch.from_numpy(tail.priors).double().unbind(-1)
+        y, x, h, w = (
+            y * ph + py,
+            x * pw + px,
+            h.exp() * ph,
+            w.exp() * pw,
+        )  # detection_postprocess.cc, DecodeCenterSizeBoxes
+        height, width = model.config.input_size
+        boxes = torch.stack(((x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height), -1)
+        expected = model.config.box_coder().decode(raw.codes[0], raw.anchors)
+        torch.testing.assert_close(boxes.float(), expected, atol=1e-2, rtol=0)
+        assert scores.shape[-1] == model.num_classes
+    assert SSDBoxCoder().centre_weight == 10  # what TensorFlow's files have
+
+
+def test_metadata_names_the_labels_and_the_order_of_a_box() -> None:
+    pytest.importorskip("flatbuffers")
+    record = ExportRecord(format="litert", outputs="detections", info=small_detector()[1])
+    packed = metadata(record)
+    assert packed[4:8] == b"M001"
+    for text in (b"labels.txt", b"location", b"category", b"score", b"number of detections", b"detection_result"):
+        assert text in packed
+    assert (
+        np.array([4, 1, 0, 3, 2], np.uint32).tobytes() in packed
+    )  # a vector of four: x1, y1, x2, y2 from y1, x1, y2, x2
+    archive = associated_files(record)
+    assert b"cat\ndog\n" in archive
+    assert archive == associated_files(record)
+
+
+def test_what_does_not_match_is_told() -> None:
+    same = Difference(num_images=2, codes=0.0, class_logits=0.0, box=0.0, score=0.0, sure=10, found=10)
+    assert same.broken(BOUNDS["float32"]) is None
+    assert "raw heads differ by 2" in str(replace(same, codes=2.0).broken(BOUNDS["float32"]))
+    assert "raw heads differ by nan" in str(replace(same, codes=float("nan")).broken(BOUNDS["float32"]))
+    assert "finds 7 of the 10" in str(replace(same, found=7).broken(BOUNDS["int8"]))
+    assert replace(same, found=7).error > replace(same, box=20.0, score=0.2).error > same.error
+
+
+def test_images_are_taken_at_even_distances() -> None:
+    files = [Path(str(number)) for number in range(10)]
+    assert spread(files, 3) == [Path("0"), Path("4"), Path("9")]
+    assert spread(files, 20) == files
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"out": Path("a.tflite")}, "a file of the format onnx ends in .onnx"),
+        ({"int8": True}, "--int8 needs --calibration"),
+        ({"calibration": Path("x")}, "--calibration is for --int8"),
+        ({"fp16": True}, "--fp16 is for --to openvino"),
+        ({"max_detections": 0}, "must be at least 1"),
+    ],
+)
+def test_options_that_do_not_fit(changes: dict[str, object], message: str) -> None:
+    given = {"checkpoint": "d", "to": "onnx", "out": Path("a.onnx"), "images": Path("i"), **changes}
+    with pytest.raises(UserError, match=message):
+        ExportJob(**given).validate()  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_a_file_that_does_not_match_gets_no_name(scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        """The network of another checkpoint."""
+
+        def write(self, path: Path, record: ExportRecord) -> None:
+            from detection.export.module import RawHeads
+            from detection.export.torch_program import ProgramFile
+
+            other = small_detector(seed=1)[0]
+            images = torch.zeros(2, 3, 96, 128, dtype=torch.uint8)
+            shapes = ({0: torch.export.Dim("batch")},)
+            ProgramFile(torch.export.export(RawHeads(other), (images,), dynamic_shapes=shapes)).write(path, record)
+
+    from detection.export.options import Variant
+
+    monkeypatch.setitem(export_run._EXPORTERS, "torch", (lambda *_: iter([Variant(name="", make=Wrong)]), ()))
+    out = scene / "wrong.pt2"
+    job = ExportJob(checkpoint=scene / "d.safetensors", to="torch", out=out, images=scene / "images", raw=True)
+    with pytest.raises(UserError, match=r"no variant matches the checkpoint; .*wrong\.pt2 is not written"):
+        export(job, say=lambda line: None)
+    assert not out.exists()
+    assert not list(scene.glob(".export-*"))
+
+
+# --- with the packages
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "raw"), [("torch", True), ("onnx", True), ("onnx", False), ("openvino", False)])
+def test_a_file_says_what_torch_says(scene: Path, to: Format, raw: bool) -> None:
+    needs(to)
+    result = made(scene, to, raw)
+    assert result.chosen.difference.sure > 0
+    assert result.chosen.difference.box < 0.01
+    record = open_exported(result.path).record
+    assert record == result.record
+    assert record.outputs == ("raw" if raw else "detections")
+    torch_detector = load_detector(scene / "d.safetensors", device="cpu", score_threshold=0.3)
+    detector = load_detector(result.path, score_threshold=0.3)
+    images = images_of(scene)
+    most = None if raw else 100
+    for one, other in zip(detector(images), torch_detector(images), strict=True):  # several images at once
+        torch.testing.assert_close(one.boxes, other.boxes[:most], atol=0.05, rtol=0)
+        assert torch.equal(one.labels, other.labels[:most])
+    if not raw:
+        with pytest.raises(UserError, match="suppresses boxes itself"):
+            load_detector(result.path, nms_threshold=0.9)
+    with pytest.raises(UserError, match="has one input size"):
+        load_detector(result.path, input_size=96)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "raw"), [("torch", True), ("onnx", True), ("openvino", False)])
+def test_channels_last_images_are_not_misread(scene: Path, to: Format, raw: bool) -> None:
+    needs(to)
+    runner = load_detector(made(scene, to, raw).path).runner
+    images = torch.randint(0, 256, (2, 96, 128, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    assert not images.is_contiguous()
+    given, same = runner(images), runner(images.contiguous())
+    torch.testing.assert_close(given.codes, same.codes)
+    torch.testing.assert_close(given.class_logits, same.class_logits)
+
+
+@pytest.mark.slow
+def test_eight_bits_end_before_the_tail(scene: Path) -> None:
+    needs("onnx")
+    onnx = pytest.importorskip("onnx")
+    model, info = small_detector()
+    prepared = onnx_export._prepared(onnx_export.to_onnx(fold_norms(model)))
+    layers = onnx_export.output_layers(prepared)
+    assert len(layers) == 2 * 6  # boxes and classes of six maps
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 96, 128), dtype=np.uint8)
+    tail = onnx_export.tail_onnx(model, info.postprocess)
+    file = onnx_export._quantised(prepared, tail, pixels)
+    graph = onnx.load_from_string(file.content).graph
+    rounded = [node.name for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert rounded
+    assert not [name for name in rounded if name.startswith(onnx_export.TAIL)]
+    assert [one.name for one in graph.output] == ["detections"]
+
+
+@pytest.mark.slow
+def test_a_bundle_finds_the_same_without_torch(scene: Path) -> None:
+    needs("onnx")
+    folder = scene / "bundle"
+    names = write_bundle(made(scene, "onnx", False).path, folder)
+    assert names == ["detect.py", "labels.txt", "model.json", "model.onnx", "requirements.txt"]
+    image = images_of(scene)[0]
+    block = "import sys; sys.modules['torch'] = None; import runpy; sys.argv = sys.argv[1:]; "
+    run = block + "runpy.run_path(sys.argv[0], run_name='__main__')"
+    drawn = scene / "drawn.png"
+    command = [sys.executable, "-c", run, str(folder / "detect.py"), str(image), "--score", "0.3", "--out", str(drawn)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=scene)
+    found = json.loads(done.stdout)
+    expected = load_detector(scene / "d.safetensors", device="cpu", score_threshold=0.3)(image)
+    assert len(found) == min(len(expected), 100) > 0
+    for one, box, name in zip(found, expected.boxes.tolist(), expected.names(), strict=False):
+        assert one[:4] == pytest.approx(box, abs=1)
+        assert one[5] == name
+    assert cv2.imread(str(drawn)).shape == (150, 200, 3)
+    with pytest.raises(UserError, match="exists"):
+        write_bundle(made(scene, "onnx", False).path, folder)
+
+
+@pytest.mark.slow
+def test_files_that_are_not_ours_are_refused(scene: Path) -> None:
+    needs("onnx")
+    (scene / "damaged.onnx").write_bytes(b"\x08\x01 not a model")
+    with pytest.raises(UserError, match=r"damaged\.onnx cannot be opened"):
+        open_exported(scene / "damaged.onnx")
+    (scene / "plain.onnx").write_bytes(onnx_export.to_onnx(fold_norms(small_detector()[0])))
+    with pytest.raises(UserError, match="no record of LiteDet"):
+        open_exported(scene / "plain.onnx")
+    with pytest.raises(FileNotFoundError):
+        load_detector(scene / "nothing.onnx")
+    (scene / "plain.tflite").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="no record of LiteDet"):
+        open_exported(scene / "plain.tflite")
+
+
+def test_compare_is_zero_for_the_same(scene: Path) -> None:
+    detector = load_detector(scene / "d.safetensors", device="cpu", score_threshold=0.01)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 96, 128), dtype=np.uint8)
+    difference = compare(detector, detector, pixels)
+    assert (difference.codes, difference.box, difference.found) == (0.0, 0.0, difference.sure)

@@ -1,0 +1,122 @@
+"""The pages of an evaluation and a training, and the learning rate range test. Run: pytest tests/test_report.py"""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backbones.errors import UserError
+from detection.cli.eval import main as eval_det
+from detection.engine.lr_range import LrRange, smooth
+from detection.evaluation.report import charts, html
+from detection.images.decode import read_image
+from detection.training.run_report import write_run_report
+
+BOX = [10.0, 10.0, 40.0, 30.0]
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    """Of two images and three detections, one of them right."""
+    import cv2
+
+    for number in range(2):
+        cv2.imwrite(str(tmp_path / f"{number}.png"), np.full((80, 100, 3), 90 + 60 * number, np.uint8))
+    content = {
+        "info": {"exif_orientation": "applied"},
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 100, "height": 80} for i in range(2)],
+        "annotations": [
+            {"id": i + 1, "image_id": i, "category_id": 1, "bbox": BOX, "area": 1200, "iscrowd": 0} for i in range(2)
+        ],
+        "categories": [{"id": 1, "name": "<cat>"}, {"id": 2, "name": "dog & co"}],
+    }
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    found = [(0, 1, BOX, 0.9), (0, 1, [60.0, 40.0, 20.0, 20.0], 0.8), (1, 2, BOX, 0.7)]
+    rows = [{"image_id": i, "category_id": c, "bbox": b, "score": s} for i, c, b, s in found]
+    (tmp_path / "found.json").write_text(json.dumps(rows))
+    (tmp_path / "other.json").write_text(json.dumps(rows[:1]))
+    truth, folder = str(tmp_path / "truth.json"), str(tmp_path)
+    arguments = ["--from-predictions", str(tmp_path / "found.json"), "--annotations", truth, "--images", folder]
+    eval_det([*arguments, "--report", str(tmp_path / "out"), "--against", str(tmp_path / "other.json")])
+    return tmp_path / "out" / "report.html"
+
+
+def test_the_page_is_whole_and_closed(page: Path) -> None:
+    text = page.read_text()
+    assert "&lt;cat&gt;" in text
+    assert "<cat>" not in text
+    assert not re.search(r"https?://|<script|<link", text)
+    assert "nothing there" in text  # the false alarm of 0.8
+    assert "right place, wrong class" in text
+    assert text.count("data:image/jpeg") == 3  # two false alarms, one miss
+    assert "Against" in text
+
+
+def test_a_page_without_detections(page: Path, tmp_path: Path) -> None:
+    (tmp_path / "found.json").write_text("[]")
+    truth = str(tmp_path / "truth.json")
+    eval_det(
+        ["--from-predictions", str(tmp_path / "found.json"), "--annotations", truth, "--report", str(tmp_path / "e")]
+    )
+    assert "COCO" in (tmp_path / "e" / "report.html").read_text()
+
+
+def test_the_page_in_a_browser(page: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here; apt-get install chromium")
+    picture = tmp_path / "shot.png"
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    subprocess.run(
+        [*command, "--window-size=500,3000", f"--screenshot={picture}", page.as_uri()],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    image = read_image(picture)
+    assert image.shape[1] == 500
+    blue = (np.abs(image.astype(int) - np.array([0x2F, 0x6F, 0xDE])).sum(2) < 12).sum()
+    assert blue > 500  # the charts are drawn
+
+
+def test_charts_without_anything() -> None:
+    assert "<svg" in charts.line_chart([], "x", "y")
+    assert "<svg" in charts.bar_chart([])
+    assert charts.bar_chart([("a", 0.0, "0"), ("b", 2.0, "2")]).count("<rect") == 2
+    assert "&amp;" in html.table(["a & b"], [])
+
+
+def record(epoch: int, metrics: dict[str, float]) -> str:
+    line = {
+        "epoch": epoch, "step": 10 * epoch, "lr": {"x1": 0.1}, "losses": {"loss": 1 / epoch, "positives": 3.0},
+        "images_per_second": 10.0, "data_wait_share": 0.1, "seconds": 60.0, "metrics": metrics, "best": bool(metrics),
+    }  # fmt: skip
+    return json.dumps(line) + "\n"
+
+
+def test_report_of_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run"):
+        write_run_report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no epoch"):
+        write_run_report(tmp_path)
+    lines = record(1, {}) + record(2, {"AP": 0.25, "AP_small": -1.0}) + '{"epoch": 3, "cut'
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    report, curves = write_run_report(tmp_path)
+    text = report.read_text()
+    assert "best AP" in text
+    assert "0.250" in text
+    assert read_image(curves).shape[2] == 3
+
+
+def test_range_test_suggests_a_tenth_of_the_lowest() -> None:
+    rates = [10 ** (-6 + 0.05 * i) for i in range(140)]
+    losses = [abs(math.log10(rate) + 1) + 1 for rate in rates]  # lowest at 0.1; the average lags behind
+    found = LrRange.of(rates, losses, False)
+    assert 0.01 <= found.suggestion < 0.03
+    assert smooth([2.0, 2.0, 2.0]) == pytest.approx([2, 2, 2])
+    with pytest.raises(UserError, match="finite"):
+        LrRange.of([1e-6], [1.0], True)
