@@ -15,7 +15,7 @@ from detection.inference.folder import list_images
 from detection.inference.predictor import load_detector
 from detection.weights.native import save_detector
 
-pq = pytest.importorskip("pyarrow.parquet")
+pq = pytest.importorskip("pyarrow.parquet", reason="litedet predict needs pyarrow (pip install 'litedet[predict]')")
 
 
 @pytest.fixture(scope="module")
