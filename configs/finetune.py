@@ -15,8 +15,8 @@ from detection.training.litedet_loss import LiteDetLossConfig
 
 
 def detector() -> DetectionConfig:
-    """The detector to begin with: ``ssdlite``."""
-    return ssdlite()
+    """The detector to begin with: ``litedet``."""
+    return litedet()
 
 
 def ssdlite() -> DetectionConfig:

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: text, tables, images and charts in one file that opens from disk, without server or script.
+"""Self-contained HTML pages: text, tables and images in one file that opens from disk, without server or script.
 
 Every function gives ``Html``. What is passed to it as a plain ``str`` is text and is escaped; what is ``Html`` already is taken
 as it is. Colours follow the reader's light or dark setting, and a page fits a telephone as well as a desk.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 import cv2
@@ -37,22 +38,33 @@ pre code { padding: 0; }
 .error { color: var(--error); } .warning { color: var(--warning); } .good { color: var(--good); }
 .tag { display: inline-block; padding: 0 .5em; border: 1px solid currentColor; border-radius: 1em; font-size: .8rem;
   font-weight: 600; vertical-align: middle; white-space: nowrap; }
-.scroll { overflow-x: auto; }
+.scroll { overflow: auto; max-height: 48rem; }
 table { border-collapse: collapse; margin: .6rem 0; font-size: .93rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--dim); font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
+.matrix { overflow-x: auto; }
+.matrix td { text-align: center; min-width: 2.2rem; padding: .2rem .3rem; }
+.matrix thead th { vertical-align: bottom; padding: .3rem .1rem; }
+.matrix thead span { writing-mode: vertical-rl; transform: rotate(180deg); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 9rem), 1fr)); gap: .8rem; margin: 1rem 0; }
 .tile { background: var(--card); border-radius: 8px; padding: .7rem .9rem; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.2; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; margin: .8rem 0; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem; }
+.wide { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem; }
+.wide > * { min-width: 0; }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; max-width: 100%; max-height: 26rem; height: auto; border-radius: 6px; background: var(--card); }
-figure svg { display: block; width: 100%; height: auto; }
+figure img.whole { max-height: none; background: #fff; }
+figure svg { display: block; width: 100%; max-width: 40rem; height: auto; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .86rem; }
+.legend i { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 2px; }
 figcaption { overflow-wrap: anywhere; font-size: .86rem; color: var(--dim); margin-top: .3rem; }
 summary { cursor: pointer; color: var(--accent); }
 """.strip()
+
+
+_NUMBER = re.compile(r"[-+]?[\d.,]+( ?[%x])?|-")
 
 
 class Html(str):
@@ -130,27 +142,32 @@ def tiles(figures: Iterable[tuple[object, object]]) -> Html:
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
-    """Rows under a header. A column whose cells are all numbers is set flush right; a wide table scrolls in itself."""
-    rows = [list(row) for row in rows]
+    """Rows under a header. A column of numbers is set flush right; a wide or long table scrolls in itself.
+
+    A float is written with three digits; None, and a float that is not finite, as a dash.
+    """
+    written = [[_written(cell) for cell in row] for row in rows]
     numeric = [
-        bool(rows) and all(isinstance(row[column], int | float) for row in rows) for column in range(len(header))
+        bool(written) and all(_NUMBER.fullmatch(str(row[column])) for row in written) for column in range(len(header))
     ]
 
     def line(name: str, cells: Sequence[object]) -> Html:
         return element(
             "tr",
             *(
-                element(name, _number(cell), **({"class_": "number"} if is_number else {}))
+                element(name, cell, **({"class_": "number"} if is_number else {}))
                 for cell, is_number in zip(cells, numeric, strict=True)
             ),
         )
 
     head = element("thead", line("th", header))
-    body = element("tbody", *(line("td", row) for row in rows))
+    body = element("tbody", *(line("td", row) for row in written))
     return element("div", element("table", head, body), class_="scroll")
 
 
-def _number(cell: object) -> object:
+def _written(cell: object) -> object:
+    if cell is None or (isinstance(cell, float) and not math.isfinite(cell)):
+        return "-"
     if isinstance(cell, float):
         return f"{cell:,.3f}"
     return f"{cell:,}" if isinstance(cell, int) and not isinstance(cell, bool) else cell
@@ -182,9 +199,15 @@ def gallery(figures: Iterable[Html]) -> Html:
     return element("div", *figures, class_="gallery")
 
 
-def charts(figures: Iterable[Html]) -> Html:
-    """As ``gallery``, with wider cells."""
-    return element("div", *figures, class_="charts")
+def wide(parts: Iterable[Html]) -> Html:
+    """Charts, tables or figures side by side where there is room, in wider cells than those of ``gallery``."""
+    return element("div", *parts, class_="wide")
+
+
+def png_figure(png: bytes, alt: str) -> Html:
+    """A PNG file inside the page, as wide as there is room."""
+    address = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return element("figure", Html(f'<img class="whole" src="{address}" alt="{html.escape(alt)}">'))
 
 
 def data_uri(image: NDArray[np.uint8], side: int = 480, quality: int = 80) -> str:
@@ -203,83 +226,3 @@ def data_uri(image: NDArray[np.uint8], side: int = 480, quality: int = 80) -> st
     if not done:
         raise UserError(f"an image of shape {image.shape} cannot be encoded as JPEG")
     return "data:image/jpeg;base64," + base64.b64encode(encoded.tobytes()).decode()
-
-
-def column_chart(title: str, labels: Sequence[str], values: Sequence[float], note: object = "", unit: str = "") -> Html:
-    """Columns over labels, each with its value above it.
-
-    Args:
-        title: of the chart.
-        labels, values: as many of each; values are not negative.
-        note: below the chart.
-        unit: behind each value, for example "%".
-    """
-    width, height, bottom, top = 520, 220, 34, 30
-    most = max([*values, 0]) or 1
-    step = width / max(len(values), 1)
-    parts = [_svg_text(0, 14, title, anchor="start", weight="600")]
-    every = math.ceil(len(labels) * max([len(label) for label in labels] or [1]) * 7.5 / width) or 1
-    for number, (label, value) in enumerate(zip(labels, values, strict=True)):
-        x, tall = number * step, (height - bottom - top - 16) * value / most
-        y = height - bottom - tall
-        said = f"{value:,.0f}{unit}" if value >= 10 or value == int(value) else f"{value:.2g}{unit}"
-        parts.append(
-            f'<rect x="{x + step * 0.1:.1f}" y="{y:.1f}" width="{step * 0.8:.1f}" height="{max(tall, 0.5):.1f}" '
-            f'fill="var(--accent)"><title>{html.escape(label)}: {said}</title></rect>'
-        )
-        if step > 26:
-            parts.append(_svg_text(x + step / 2, y - 4, said))
-        if number % every == 0:
-            parts.append(_svg_text(x + step / 2, height - bottom + 16, label))
-    parts.append(f'<line x1="0" x2="{width}" y1="{height - bottom}" y2="{height - bottom}" stroke="var(--line)"/>')
-    return _svg_figure(width, height - 10, parts, title, note)
-
-
-def bar_chart(title: str, labels: Sequence[str], values: Sequence[float], note: object = "", unit: str = "") -> Html:
-    """Bars beside their labels, one below the other: for names rather than steps. Arguments as for ``column_chart``."""
-    width, row, left = 520, 22, 170
-    most = max([*values, 0]) or 1
-    parts = [_svg_text(0, 14, title, anchor="start", weight="600")]
-    for number, (label, value) in enumerate(zip(labels, values, strict=True)):
-        y, wide = 26 + number * row, (width - left - 70) * value / most
-        said = f"{value:,.0f}{unit}" if value >= 10 or value == int(value) else f"{value:.2g}{unit}"
-        short = label if len(label) <= 24 else label[:23] + "…"
-        parts.append(_svg_text(left - 8, y + 14, short, anchor="end"))
-        parts.append(
-            f'<rect x="{left}" y="{y + 3}" width="{max(wide, 0.5):.1f}" height="{row - 6}" fill="var(--accent)">'
-            f"<title>{html.escape(label)}: {said}</title></rect>"
-        )
-        parts.append(_svg_text(left + wide + 6, y + 14, said, anchor="start"))
-    return _svg_figure(width, 30 + row * len(values), parts, title, note)
-
-
-def heat_map(title: str, counts: NDArray[np.floating] | NDArray[np.integer], note: object = "") -> Html:
-    """A table of numbers [rows, columns] as a map from pale (0) to strong (the most)."""
-    rows, columns = counts.shape
-    width, top = 260, 24
-    cell = width / columns
-    most = float(counts.max(initial=0)) or 1.0
-    parts = [_svg_text(0, 14, title, anchor="start", weight="600")]
-    parts += [
-        f'<rect x="{x * cell:.2f}" y="{top + y * cell:.2f}" width="{cell + 0.2:.2f}" height="{cell + 0.2:.2f}" '
-        f'fill="var(--accent)" fill-opacity="{counts[y, x] / most:.3f}"/>'
-        for y in range(rows)
-        for x in range(columns)
-    ]
-    parts.append(f'<rect x="0" y="{top}" width="{width}" height="{rows * cell:.1f}" fill="none" stroke="var(--line)"/>')
-    return _svg_figure(width * 2, top + rows * cell + 6, parts, title, note)
-
-
-def _svg_text(x: float, y: float, text: str, anchor: str = "middle", weight: str = "400") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-weight="{weight}" font-size="12" '
-        f'fill="currentColor">{html.escape(text)}</text>'
-    )
-
-
-def _svg_figure(width: float, height: float, parts: Sequence[str], title: str, note: object) -> Html:
-    svg = Html(
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{html.escape(title)}" '
-        f'font-family="system-ui, sans-serif">{"".join(parts)}</svg>'
-    )
-    return element("figure", svg, *([element("figcaption", note)] if note else []))

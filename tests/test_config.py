@@ -76,7 +76,7 @@ def test_what_it_does_not_know_is_refused(
     override: tuple[str, str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        load_config([str(ROOT / "configs/finetune.py:detector"), *override], "test")
+        load_config([str(ROOT / "configs/finetune.py:ssdlite"), *override], "test")
     assert stop.value.code == 2
     printed = capsys.readouterr()
     assert said in printed.err + printed.out
@@ -84,7 +84,7 @@ def test_what_it_does_not_know_is_refused(
 
 def test_help_lists_fields_with_their_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        load_config([str(ROOT / "configs/finetune.py:detector"), "--help"], "Train a detector.")
+        load_config([str(ROOT / "configs/finetune.py:ssdlite"), "--help"], "Train a detector.")
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert "--train.epochs" in text

@@ -46,7 +46,7 @@ class FakeDetector:
 @pytest.fixture
 def detector(monkeypatch: pytest.MonkeyPatch) -> FakeDetector:
     fake = FakeDetector()
-    monkeypatch.setattr("detection.inference.predictor.load_detector", lambda path, device, score_threshold: fake)
+    monkeypatch.setattr("detection.inference.predictor.load_detector", lambda path, **_: fake)
     return fake
 
 
@@ -253,15 +253,15 @@ def test_window_ends_on_q(video: Path, detector: FakeDetector, monkeypatch: pyte
 def test_passes_score_and_device_on(video: Path, monkeypatch: pytest.MonkeyPatch):
     given = {}
 
-    def load(path: Path, device: str, score_threshold: float) -> FakeDetector:
-        given.update(path=path, device=device, score=score_threshold)
+    def load(path: Path, device: str, score_threshold: float | None, default_score: float) -> FakeDetector:
+        given.update(path=path, device=device, score=score_threshold, default=default_score)
         return FakeDetector()
 
     monkeypatch.setattr("detection.inference.predictor.load_detector", load)
     run(video)
-    assert given == {"path": Path("best.pt"), "device": "auto", "score": 0.4}
+    assert given == {"path": Path("best.pt"), "device": "auto", "score": None, "default": 0.4}
     run(video, "--score", "0.7", "--device", "cpu")
-    assert given == {"path": Path("best.pt"), "device": "cpu", "score": 0.7}
+    assert given == {"path": Path("best.pt"), "device": "cpu", "score": 0.7, "default": 0.4}
 
 
 def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from detection.evaluation.run import evaluate
 from detection.inference.predictor import Predictor, load_detector
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig, build_postprocess
-from detection.structures import RawPredictions
+from detection.structures import Detections, RawPredictions
 from detection.weights.info import DetectorInfo
-from detection.weights.native import save_detector
+from detection.weights.native import read_detector, save_detector
 
 NAMES = ("disc", "square", "star")
 FILE_IDS = {"star": 2, "disc": 5, "square": 9, "moon": 11}  # neither the detector's ids nor its order
@@ -268,6 +269,84 @@ def test_a_result_file_in_place_of_a_checkpoint(
     assert "give a checkpoint" in error_of(capsys, ["--annotations", str(scene.annotations)])
     assert "--images is missing" in error_of(capsys, [str(scene.checkpoint), "--annotations", str(scene.annotations)])
     assert "nothing new" in error_of(capsys, [*file, "--predictions", str(tmp_path / "again.json")])
+
+
+def test_report_thresholds_and_comparison_in_one_go(
+    scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Half of what is found of a class is the truth: its best threshold is the lowest score of that half."""
+    plain = load_detector(scene.checkpoint, device="cpu", score_threshold=0.001)
+    paths = sorted(scene.images.iterdir())
+    found = [
+        (int(label), float(score))
+        for path in paths
+        for label, score in zip(*_labels_and_scores(plain(path)), strict=True)
+    ]
+    label = max(range(3), key=lambda k: sum(one == k for one, _ in found))
+    scores = sorted((score for one, score in found if one == label), reverse=True)
+    lowest = scores[len(scores) // 2]
+    scene.content["annotations"] = [
+        a
+        for a, (one, score) in zip(scene.content["annotations"], found, strict=True)
+        if one != label or score >= lowest
+    ]
+    scene.write()
+    tuned = tmp_path / "tuned.safetensors"
+    more = ["--report", str(tmp_path / "page"), "--write-thresholds", str(tuned), "--against", str(scene.checkpoint)]
+    main(scene.arguments(*more, "--json", str(scene.json)))
+    text = (tmp_path / "page" / "report.html").read_text()
+    assert "Against" in text
+    assert text.count("data:image/jpeg") > 0
+    differences = json.loads(scene.json.read_text())["differences"]
+    assert {row["name"] for row in differences} >= {"AP", NAMES[label]}
+    assert all(row["first"] == row["second"] and row["low"] == row["high"] == 0 for row in differences)
+
+    _, info = read_detector(tuned)
+    assert info.thresholds[label] == pytest.approx(lowest, abs=1e-6)
+    out = capsys.readouterr().out
+    for k, name in enumerate(NAMES):
+        if all(one != k for one, _ in found):
+            assert info.thresholds[k] == 0.25
+            assert f"{name}: no object of it was evaluated, 0.25 stays" in out
+    detector = load_detector(tuned, device="cpu", default_score=0.99)
+    drawn = [pair for path in paths for pair in zip(*_labels_and_scores(detector(path)), strict=True)]
+    wanted = [(one, score) for one, score in found if score >= info.thresholds[one]]
+    assert [one for one, _ in drawn] == [one for one, _ in wanted]
+    assert 0 < len(wanted) < len(found)
+    assert len(load_detector(tuned, device="cpu", score_threshold=0.001)(paths[0]).scores) == len(
+        plain(paths[0]).scores
+    )
+    # An evaluation does not use them, and classes that are not evaluated keep theirs.
+    other = next(k for k in range(3) if k != label)
+    again = tmp_path / "again.safetensors"
+    assert main([str(tuned), *scene.arguments()[1:], "--classes", NAMES[label], "--write-thresholds", str(again)])
+    assert read_detector(again)[1].thresholds[other] == info.thresholds[other]
+
+
+def _labels_and_scores(detections: Detections) -> tuple[list[int], list[float]]:
+    return detections.labels.tolist(), detections.scores.tolist()
+
+
+def test_comparison_of_different_class_lists(scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The same detections in a file, whose classes have another order and one more, and from the checkpoint."""
+    predictions = tmp_path / "predictions.json"
+    main(scene.arguments("--predictions", str(predictions)))
+    file = ["--from-predictions", str(predictions), *scene.arguments()[1:]]
+    main([*file, "--against", str(scene.checkpoint), "--json", str(scene.json)])
+    differences = json.loads(scene.json.read_text())["differences"]
+    assert any(row["first"] > 0.9 for row in differences)
+    assert all(row["second"] == pytest.approx(row["first"], abs=1e-6) for row in differences)
+
+    # A detector that lacks a class can be compared on the others alone.
+    present = [name for name in NAMES if any(FILE_IDS[name] == a["category_id"] for a in scene.content["annotations"])]
+    info = replace(scene.info, class_names=(present[0], "moon"), category_ids=(1, 2))
+    fewer = tmp_path / "fewer.safetensors"
+    save_detector(fewer, SSDLite(info.model, 2), info)
+    capsys.readouterr()
+    if len(present) > 1:
+        assert f"'{present[1]}'" in error_of(capsys, scene.arguments("--against", str(fewer)))
+    main(scene.arguments("--against", str(fewer), "--classes", present[0], "--json", str(scene.json)))
+    assert {row["name"] for row in json.loads(scene.json.read_text())["differences"]} >= {present[0]}
 
 
 @pytest.mark.slow

@@ -156,7 +156,7 @@ def test_no_way_in_runs_code_of_a_file(tmp_path: Path, capsys: pytest.CaptureFix
         lambda: convert_weights([str(path), str(tmp_path / "o.safetensors")]),
         lambda: eval_det([str(path), "--annotations", str(annotations), "--images", str(images)]),
         lambda: train_det(
-            [f"{ROOT}/configs/finetune.py:detector", "--weights", str(path), "--run-dir", str(tmp_path / "r"), *given]
+            [f"{ROOT}/configs/finetune.py:ssdlite", "--weights", str(path), "--run-dir", str(tmp_path / "r"), *given]
         ),
         lambda: train_cls(
             [f"{ROOT}/configs/finetune.py:classifier", "--weights", str(path), "--run-dir", str(tmp_path / "c"),

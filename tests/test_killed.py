@@ -88,7 +88,7 @@ def detector_command(folder: Path) -> list[str]:
     drawn = draw_detection_set(folder, 16, 4, (96, 96), 0)
     return [
         "train",
-        f"{ROOT}/configs/finetune.py:detector",
+        f"{ROOT}/configs/finetune.py:ssdlite",
         *("--data.train.annotations", str(drawn.train_annotations), "--data.train.images", str(drawn.train_images)),
         *("--data.val.annotations", str(drawn.val_annotations), "--data.val.images", str(drawn.val_images)),
         *("--model.input-size", "96", "96", "--data.workers", "1"),

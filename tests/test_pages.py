@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from backbones.errors import UserError
-from detection import pages
+from detection import charts, pages
 
 
 def test_text_is_escaped_and_html_is_not() -> None:
@@ -39,14 +39,19 @@ def test_table_sets_numbers_right() -> None:
     text = pages.table(["name", "count"], [["a", 1234], ["b", 5]])
     assert '<td class="number">1,234</td>' in text
     assert "<td>a</td>" in text
+    text = pages.table(
+        ["AP", "share", "file"], [[None, "5.0 %", "1.jpg"], [0.5, "-", "2.jpg"], [float("nan"), "+1.2%", "3"]]
+    )
+    assert re.findall(r"<td[^>]*>([^<]*)", text) == ["-", "5.0 %", "1.jpg", "0.500", "-", "2.jpg", "-", "+1.2%", "3"]
+    assert text.count('td class="number"') == 6
     assert "<tbody></tbody>" in pages.table(["name"], [])
 
 
 def test_charts_of_nothing_and_of_zeros() -> None:
-    assert "<svg" in pages.column_chart("none", [], [])
-    assert "nan" not in pages.column_chart("zeros", ["a", "b"], [0, 0])
-    assert "nan" not in pages.heat_map("zeros", np.zeros((3, 3)))
-    heights = re.findall(r'<rect [^>]*height="([\d.]+)" fill', pages.column_chart("two", ["a", "b"], [1, 2]))
+    assert "<svg" in charts.column_chart("none", [], [])
+    assert "nan" not in charts.column_chart("zeros", ["a", "b"], [0, 0])
+    assert "nan" not in charts.heat_map("zeros", np.zeros((3, 3)))
+    heights = re.findall(r'<rect [^>]*height="([\d.]+)" fill', charts.column_chart("two", ["a", "b"], [1, 2]))
     assert float(heights[1]) == 2 * float(heights[0])
-    widths = re.findall(r'width="([\d.]+)" height="16"', pages.bar_chart("two", ["a", "b"], [3, 1]))
+    widths = re.findall(r'width="([\d.]+)" height="16"', charts.bar_chart("two", ["a", "b"], [3, 1]))
     assert float(widths[0]) == pytest.approx(3 * float(widths[1]), abs=0.2)

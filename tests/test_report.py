@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from backbones.errors import UserError
+from detection import charts
 from detection.cli.eval import main as eval_det
 from detection.engine.lr_range import LrRange, smooth
-from detection.evaluation.report import charts, html
 from detection.images.decode import read_image
 from detection.training.run_report import write_run_report
 
@@ -82,11 +82,17 @@ def test_the_page_in_a_browser(page: Path, tmp_path: Path) -> None:
     assert blue > 500  # the charts are drawn
 
 
-def test_charts_without_anything() -> None:
+def test_charts() -> None:
     assert "<svg" in charts.line_chart([], "x", "y")
-    assert "<svg" in charts.bar_chart([])
-    assert charts.bar_chart([("a", 0.0, "0"), ("b", 2.0, "2")]).count("<rect") == 2
-    assert "&amp;" in html.table(["a & b"], [])
+    assert "&lt;a&gt;" in charts.line_chart(
+        [("<a>", np.array([0.0, np.nan, 1.0]), np.array([0.0, 0.5, 1.0]))], "x", "y"
+    )
+    assert "nan" not in charts.line_chart([("a", np.array([np.nan]), np.array([0.5]))], "x", "y", marks=[(np.nan, 0.5)])
+    assert "<table" in charts.matrix_table(np.zeros((0, 0), np.int64), [], [])
+    cells = re.findall(
+        r"rgba\(47,111,222,([\d.]+)\)\">(\d*)</td>", charts.matrix_table(np.array([[3, 1]]), ["a"], ["a", "b"])
+    )
+    assert [(float(share), text) for share, text in cells] == [(pytest.approx(0.5625, abs=0.01), "3"), (0.19, "1")]
 
 
 def record(epoch: int, metrics: dict[str, float]) -> str:

@@ -226,7 +226,7 @@ def test_mistakes_end_in_one_clear_line(
     assert "data.workers must be" in run_and_fail(arguments(folders, run, "--data.workers", "-1"), capsys)
     unfed = run_and_fail([RECIPE, *SMALL, "--model.backbone.frozen-stages", "3"], capsys)
     assert "frozen_stages is 3 and there are no weights to start from" in unfed
-    detector = f"{ROOT}/configs/finetune.py:detector"
+    detector = f"{ROOT}/configs/finetune.py:ssdlite"
     message = run_and_fail([detector], capsys)
     assert "gives a DetectionConfig" in message
     assert "needs a ClassificationConfig" in message

@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from detection import load_detector
@@ -17,6 +19,7 @@ from detection.cli.eval import main as eval_det
 from detection.cli.recipes import load_config
 from detection.cli.train import main as train_det
 from detection.data.drawn import DetectionSet, draw_detection_set
+from detection.engine import lr_range
 from detection.engine.checkpoint import load_checkpoint
 from detection.engine.loop import TrainResult
 from detection.engine.runtime import Runtime
@@ -33,7 +36,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> DetectionSet:
 
 def command(drawn: DetectionSet, run_dir: Path, *more: str) -> list[str]:
     return [
-        f"{ROOT}/configs/finetune.py:detector",
+        f"{ROOT}/configs/finetune.py:ssdlite",
         *("--data.train.annotations", str(drawn.train_annotations), "--data.train.images", str(drawn.train_images)),
         *("--data.val.annotations", str(drawn.val_annotations), "--data.val.images", str(drawn.val_images)),
         *("--run-dir", str(run_dir), "--data.workers", "0", "--model.backbone.width", "0.35"),
@@ -53,12 +56,37 @@ def test_what_a_run_leaves(trained: TrainResult, drawn: DetectionSet) -> None:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 2
     assert json.loads((run_dir / "config.json").read_text())["model"]["input_size"] == [128, 128]
-    assert list((run_dir / "tensorboard").glob("events*"))
+    assert (run_dir / "report.html").read_text().count("data:image/png") == 1
+    assert (run_dir / "curves.png").stat().st_size > 10_000
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    tags = events.Tags()
+    assert set(tags["images"]) == {"training/targets", "training/predictions", "validation/truth_and_found"}
+    assert tags["histograms"] == ["validation/scores"]
+    assert {"train/loss", "train/positives_per_object", "val/AP", "speed/data_wait_share"} <= set(tags["scalars"])
+    assert any(tag.startswith("lr/") for tag in tags["scalars"])
+    assert [event.step for event in events.Scalars("val/AP")] == [3, 6]  # 24 images by 8, two epochs
+    assert len(events.Images("validation/truth_and_found")) == 3  # and before the first step
+    assert events.Histograms("validation/scores")[-1].histogram_value.max <= 1
     model, info = read_detector(trained.best_path)
     categories = json.loads(drawn.train_annotations.read_text())["categories"]
     assert info.class_names == tuple(category["name"] for category in categories)
     assert info.category_ids == tuple(category["id"] for category in categories)
     assert model.num_classes == len(categories)
+
+
+def test_learning_rate_range(
+    drawn: DetectionSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lr_range, "find_lr", partial(lr_range.find_lr, steps=13, high=0.1))
+    with pytest.raises(SystemExit) as ended:
+        train_det(command(drawn, tmp_path / "run", "--find-lr"))
+    assert ended.value.code == 0
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"lr_finder.json", "lr_finder.png"}
+    found = json.loads((tmp_path / "run" / "lr_finder.json").read_text())
+    assert found["rates"][:2] == pytest.approx([1e-6, 1e-6 * 1e5 ** (1 / 12)])
+    assert len(found["losses"]) == len(found["rates"]) == (13 if not found["diverged"] else len(found["losses"]))
+    assert len(set(found["losses"])) > 5
+    assert f"suggestion: --train.optim.lr {found['suggestion']:.2g}" in capsys.readouterr().out
 
 
 def test_evaluation_of_the_checkpoint_gives_the_figure_of_the_training(
@@ -116,7 +144,7 @@ def test_mistakes_end_in_one_clear_line(
     drawn: DetectionSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    recipe = f"{ROOT}/configs/finetune.py:detector"
+    recipe = f"{ROOT}/configs/finetune.py:ssdlite"
     expect_error([recipe], "frozen_stages is 3 and there are no weights to start from: random layers", capsys)
     expect_error([recipe, "--weights", "FILE"], "no --data.train.annotations given", capsys)
     expect_error(command(drawn, run, "--weights", "nowhere.pt"), "nowhere.pt does not exist", capsys)

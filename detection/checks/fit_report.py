@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from detection import pages
+from detection import charts, pages
 from detection.checks.check import Checked
 from detection.checks.fit import SMALL, Fit, Suggestion, share, sides_of
 from detection.checks.report import draw_boxes, read_shown
@@ -55,14 +55,14 @@ def fit_section(checked: Checked, split: Split, fit: Fit, suggestion: Suggestion
         pages.paragraph(
             f"{fit.recall:.1%} of {len(fit.quality):,} objects of {split.name} are reached: {_meaning(fit)}."
         ),
-        pages.charts(
+        pages.wide(
             [
-                pages.column_chart(
+                charts.column_chart(
                     "Reached, by size at the input", [name for name, *_ in by_size],
                     [100 * recall for *_, recall in by_size],
                     "square root of the area in pixels", "%",
                 ),
-                pages.column_chart(
+                charts.column_chart(
                     "Objects, by size at the input", [name for name, *_ in by_size], [count for _, count, _ in by_size],
                     "square root of the area in pixels",
                 ),

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backbones.errors import UserError
-from detection import pages
+from detection import charts, pages
 from detection.checks.check import Checked
 from detection.checks.findings import KINDS, Finding
 from detection.checks.records import class_counts, leads_outside
@@ -177,7 +177,7 @@ def _contents(checked: Checked, split: Split) -> pages.Html:
     order = np.argsort(-counts, kind="stable")[:_MOST_CLASSES]
     note = f"the {_MOST_CLASSES} largest of {len(counts)}" if len(counts) > _MOST_CLASSES else ""
     figures = [
-        pages.bar_chart(
+        charts.bar_chart(
             "Objects by class",
             [split.class_names[label] for label in order],
             [int(counts[label]) for label in order],
@@ -204,14 +204,14 @@ def _contents(checked: Checked, split: Split) -> pages.Html:
     if len(boxes):
         centres = (boxes[:, :2] + boxes[:, 2:] / 2) / sizes[:, ::-1]
         grid, _, _ = np.histogram2d(centres[:, 1], centres[:, 0], bins=16, range=[[0, 1], [0, 1]])
-        figures.append(pages.heat_map("Centres of objects in the image", grid, "darker: more objects"))
+        figures.append(charts.heat_map("Centres of objects in the image", grid, "darker: more objects"))
     left_out = checked.left_out(split)
     rows = [(reason, count) for reason, count in left_out.items()]
     return pages.section(
         f"What {split.name} holds",
         pages.paragraph(f"{len(split):,} images, {len(split.images):,} boxes, {int(usable.sum()):,} to learn from: {split.path}"),
         pages.table(["training leaves out", "count"], rows) if rows else pages.paragraph("Training leaves nothing out."),
-        pages.charts(figures),
+        pages.wide(figures),
     )  # fmt: skip
 
 
@@ -219,4 +219,4 @@ def _histogram(
     title: str, values: NDArray[np.floating] | NDArray[np.integer], edges: list[float], labels: list[str], note: str
 ) -> pages.Html:
     counts, _ = np.histogram(values, edges)
-    return pages.column_chart(title, labels, counts.tolist(), note)
+    return charts.column_chart(title, labels, counts.tolist(), note)

@@ -280,7 +280,7 @@ def comparison_table(comparison: Comparison) -> str:
 
 
 def _write_thresholds(config: EvalConfig, measured: _Measured) -> None:
-    from detection.evaluation.errors import threshold_curves
+    from detection.evaluation.errors import WORTH, threshold_curves
     from detection.weights.hub import locate
     from detection.weights.native import read_detector, save_detector
 
@@ -288,12 +288,17 @@ def _write_thresholds(config: EvalConfig, measured: _Measured) -> None:
     assert config.write_thresholds is not None
     model, info = read_detector(locate(config.checkpoint))
     curves = threshold_curves(measured.outcomes())
-    unset = [name for name, curve in zip(info.class_names, curves, strict=True) if curve.best is None]
-    info.thresholds = tuple(DRAWN_SCORE if curve.best is None else curve.best for curve in curves)
+    evaluated = {name for name, count in measured.result.class_counts.items() if count}
+    before = info.thresholds or (DRAWN_SCORE,) * len(curves)
+    info.thresholds = tuple(
+        old if curve.best is None else curve.best for old, curve in zip(before, curves, strict=True)
+    )
     save_detector(config.write_thresholds, model, info)
     print(f"the detector with the best threshold of each class written to {config.write_thresholds}")
-    if unset:
-        print(f"nothing right was found of {', '.join(unset)}: {DRAWN_SCORE} stays")
+    for name, threshold, curve in zip(info.class_names, info.thresholds, curves, strict=True):
+        if curve.best is None:
+            why = f"F1 stays below {WORTH}" if name in evaluated else "no object of it was evaluated"
+            print(f"  {name}: {why}, {threshold:g} stays")
 
 
 def _images(config: EvalConfig, index: CocoIndex) -> DetectionDataset | None:
@@ -309,7 +314,7 @@ def _images(config: EvalConfig, index: CocoIndex) -> DetectionDataset | None:
 
 def _write_page(config: EvalConfig, path: Path, measured: _Measured, comparison: Comparison | None) -> None:
     from backbones.state import write_whole
-    from detection.evaluation.report.page import Report
+    from detection.evaluation.report import Report
 
     source = config.checkpoint or config.from_predictions
     made = Report(

@@ -19,6 +19,7 @@ from detection.evaluation.table import DetectionTable
 
 RECALLS: NDArray[np.float64] = np.linspace(0, 1, 101)
 FOREGROUND, BACKGROUND = 0.5, 0.1  # TIDE's IoU thresholds
+WORTH = 0.1  # F1 below which no threshold of a class is worth having
 ErrorKind = Literal["class", "localisation", "both", "duplicate", "background", "missed"]
 KINDS: tuple[ErrorKind, ...] = ("class", "localisation", "both", "duplicate", "background", "missed")
 _CELLS = 20_000_000  # of the largest array in a bootstrap
@@ -193,7 +194,8 @@ class ThresholdCurve:
     Attributes:
         thresholds: float64 [101], 0 to 1.
         precision, recall, f1: float64 [101]; precision is 1 where nothing is left.
-        best: the score with the highest F1 among the scores that occur; None without an object or a right detection.
+        best: the score with the highest F1 among the scores that occur; None where F1 stays below 0.1: the highest of such
+            F1 is at a score that floods images with false alarms.
         best_f1: F1 there; 0 without one.
     """
 
@@ -219,7 +221,7 @@ def threshold_curves(outcomes: Outcomes) -> list[ThresholdCurve]:
         choosable = np.append(scores[1:] != scores[:-1], True) if len(scores) else np.empty(0, np.bool_)
         f1_there = np.where(choosable, f1_all[1:], 0)
         place = int(f1_there.argmax()) if len(scores) else 0
-        best = float(scores[place]) if len(scores) and f1_there[place] > 0 else None
+        best = float(scores[place]) if len(scores) and f1_there[place] >= WORTH else None
         kept = np.searchsorted(-scores, -thresholds, side="right")
         result.append(
             ThresholdCurve(

@@ -6,7 +6,6 @@ detector = load_detector("runs/detector/best.pt")
 detections = detector(image)  # the path of an image, an RGB array, a PIL image, a tensor; or a list of these
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -151,8 +150,8 @@ def _with_thresholds(
     if score is not None or default_score is None:
         thresholds = ()
         score = info.postprocess.score_threshold if score is None else score
-    elif thresholds:  # just below the lowest: detections at a threshold stay
-        score = max(0.0, math.nextafter(min(thresholds), 0))
+    elif thresholds:  # just below the lowest as float32, which scores are: detections at a threshold stay
+        score = float(np.nextafter(np.float32(min(thresholds)), np.float32(0)))
     else:
         score = default_score
     own = info.postprocess

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +10,9 @@ from typing import Any
 
 from backbones.errors import UserError
 from backbones.state import write_whole
+from detection import pages
 from detection.engine.chart import figure_png
 from detection.engine.log import read_record
-from detection.evaluation.report import html
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def write_run_report(folder: Path) -> tuple[Path, Path]:
     if not records:
         raise UserError(f"{folder}: no epoch of this run is done yet; there is nothing to report")
     png = figure_png(_panels(records))
-    page = html.page(f"Training {folder.name}", _sections(folder, records, png))
+    page = pages.page(f"Training {folder.name}", *_sections(folder, records, png)).encode()
     report, curves = folder / "report.html", folder / "curves.png"
     write_whole(curves, png)
     write_whole(report, page)
@@ -96,38 +95,38 @@ def _panel(title: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> Cal
     return draw
 
 
-def _sections(folder: Path, records: Sequence[Mapping[str, Any]], png: bytes) -> list[str]:
+def _sections(folder: Path, records: Sequence[Mapping[str, Any]], png: bytes) -> list[pages.Html]:
     best = next((record for record in reversed(records) if record["best"]), None)
     seconds = sum(record["seconds"] for record in records)
-    cards = [("epochs", str(records[-1]["epoch"])), ("steps", str(records[-1]["step"])), ("time", _clock(seconds))]
+    cards = [(f"{records[-1]['epoch']}", "epochs"), (f"{records[-1]['step']:,}", "steps"), (_clock(seconds), "time")]
     if best is not None:
         name = next(iter(best["metrics"]))
-        cards += [(f"best {name}", f"{best['metrics'][name]:.3f}"), ("in epoch", str(best["epoch"]))]
-    image = base64.b64encode(png).decode()
+        cards += [(f"{best['metrics'][name]:.3f}", f"best {name}"), (f"{best['epoch']}", "its epoch")]
     names = list(records[-1]["losses"])
     metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))[:3]
     rows = [
         [
             f"{record['epoch']}{' (best)' if record['best'] else ''}",
-            *(f"{record['losses'].get(name, float('nan')):.3f}" for name in names),
-            *(f"{record['metrics'][name]:.3f}" if name in record["metrics"] else "-" for name in metrics),
+            *(record["losses"].get(name) for name in names),
+            *(record["metrics"].get(name) for name in metrics),
             f"{record['images_per_second']:.1f}",
             f"{100 * record['data_wait_share']:.0f} %",
         ]
         for record in reversed(records)
     ]
     sections = [
-        html.section("Summary", "Of the run as far as it has gone.", html.cards(cards)),
-        html.section(
+        pages.tiles(cards),
+        pages.section(
             "Curves",
-            "Means over each epoch; those of each step are in TensorBoard.",
-            f'<img class="whole" alt="curves of the training" src="data:image/png;base64,{image}">',
+            pages.paragraph("Means over each epoch; those of each step are in TensorBoard.", class_="dim"),
+            pages.png_figure(png, "curves of the training"),
         ),
-        html.section("Epochs", "The last first.", html.table(["epoch", *names, *metrics, "images/s", "waiting"], rows)),
+        pages.section("Epochs, the last first", pages.table(["epoch", *names, *metrics, "images/s", "waiting"], rows)),
     ]
     config = folder / "config.json"
     if config.is_file():
-        sections.append(html.section("Settings", "config.json, as adopted.", html.code(_indented(config))))
+        settings = pages.fold("config.json, as adopted", pages.code(_indented(config), block=True))
+        sections.append(pages.section("Settings", settings))
     return sections
 
 

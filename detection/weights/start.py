@@ -50,7 +50,7 @@ def adopt_network(config: DetectorConfig, source: Source, part: Part = "all") ->
             if type(theirs) is not type(config):
                 raise UserError(
                     f"{file.source} holds a detector of kind {theirs.kind}, the config asks for {config.kind}; take a recipe of "
-                    f"that kind, or its backbone alone: --weights-part backbone"
+                    f"that kind (finetune:{theirs.kind}), or its backbone alone: --weights-part backbone"
                 )
             adopted = config.replaced(**{name: getattr(theirs, name) for name in config.fields_of_weights})
     else:

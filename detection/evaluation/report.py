@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from backbones.errors import UserError
+from detection import charts, pages
 from detection.data.dataset import DetectionDataset
 from detection.evaluation.coco_ap import EvaluationResult
 from detection.evaluation.compare import Comparison
@@ -20,6 +21,7 @@ from detection.evaluation.errors import (
     FOREGROUND,
     KINDS,
     RECALLS,
+    WORTH,
     ErrorSplit,
     Outcomes,
     ThresholdCurve,
@@ -29,7 +31,6 @@ from detection.evaluation.errors import (
     split_errors,
     threshold_curves,
 )
-from detection.evaluation.report import charts, html
 from detection.evaluation.run import EvaluationTiming
 from detection.images.draw import draw_detections, draw_target, image_grid
 
@@ -81,11 +82,11 @@ class Report:
         sections += [self._confusion(curves), self._calibration()]
         if self.images is not None:
             sections += [self._false_alarms(split, curves, self.images), self._misses(split, curves, self.images)]
-        return html.page(self.title, sections)
+        return pages.page(self.title, *sections).encode()
 
-    def _figures(self) -> str:
+    def _figures(self) -> pages.Html:
         result = self.result
-        cards = html.cards([(name, _figure(None if v < 0 else v)) for name, v in result.figures.items()])
+        cards = pages.tiles([("-" if v < 0 else f"{v:.3f}", name) for name, v in result.figures.items()])
         text = f"{result.num_images} images, {sum(result.class_counts.values())} objects, {result.num_detections} detections."
         if result.unreadable:
             text += (
@@ -96,23 +97,24 @@ class Report:
                 f" Speed: {self.timing.network:.1f} ms network, {self.timing.postprocess:.1f} ms post-processing, "
                 f"{self.timing.wait:.1f} ms waiting for data, per image."
             )
-        return html.section("COCO's twelve figures", text, cards)
+        return _section("COCO's twelve figures", text, cards)
 
-    def _classes(self, curves: Sequence[ThresholdCurve]) -> str:
+    def _classes(self, curves: Sequence[ThresholdCurve]) -> pages.Html:
         by_size = [self.result.class_ap_of_size(area) for area in range(4)]
         names = self.outcomes.index.class_names
         rows = []
         for name, count in self.result.class_counts.items():
             curve = curves[names.index(name)]
             best = "-" if curve.best is None else f"{curve.best:.2f}"
-            rows.append([name, str(count), *(_figure(of[name]) for of in by_size), best, f"{curve.best_f1:.3f}"])
+            rows.append([name, count, *(of[name] for of in by_size), best, curve.best_f1])
         head = ["class", "objects", "AP", "small", "medium", "large", "best threshold", "F1 there"]
         text = (
             "AP by class and size (below 32x32, up to 96x96, above); the threshold at which F1 is highest at IoU 0.5."
+            f" No threshold where F1 stays below {WORTH}; 0.5 stands in below."
         )
-        return html.section("Classes", text, html.table(head, rows))
+        return _section("Classes", text, pages.table(head, rows))
 
-    def _curves(self, curves: Sequence[ThresholdCurve]) -> str:
+    def _curves(self, curves: Sequence[ThresholdCurve]) -> pages.Html:
         shown = sorted(self.result.class_counts, key=lambda name: -self.result.class_counts[name])
         shown = [name for name in shown if self.result.class_counts[name]][:_NUM_LINES]
         order = list(self.result.class_counts)
@@ -132,63 +134,62 @@ class Report:
             if len(shown) == sum(v > 0 for v in self.result.class_counts.values())
             else f" The {len(shown)} most frequent classes."
         )
-        return html.section(
+        return _section(
             "Precision, recall and threshold",
             f"Left: precision over recall at IoU 0.5, as COCO has it. Right: F1 over the threshold, the best dotted.{few}",
-            html.side_by_side(pr, f1),
+            pages.wide([pr, f1]),
         )
 
-    def _errors(self, split: ErrorSplit) -> str:
-        costs = charts.bar_chart([(kind, split.costs[kind], f"{split.costs[kind]:+.3f}") for kind in KINDS])
-        rows = [[kind, str(split.counts[kind]), f"{split.costs[kind]:+.3f}", _MEANINGS[kind]] for kind in KINDS]
-        return html.section(
+    def _errors(self, split: ErrorSplit) -> pages.Html:
+        costs = charts.bar_chart("AP50 that mending each gains", KINDS, [split.costs[kind] for kind in KINDS])
+        rows = [[kind, split.counts[kind], f"{split.costs[kind]:+.3f}", _MEANINGS[kind]] for kind in KINDS]
+        return _section(
             "What goes wrong, and what it costs",
             f"Errors of TIDE (arXiv 2008.08115) at IoU 0.5. The bar is what AP50 ({split.ap50:.3f}) would gain if every error of "
             "this kind alone were mended. Detections of any score count, so there are many in the background that cost little.",
-            html.side_by_side(costs, html.table(["error", "number", "AP50", "meaning"], rows)),
+            pages.wide([costs, pages.table(["error", "number", "AP50", "meaning"], rows)]),
         )
 
-    def _confusion(self, curves: Sequence[ThresholdCurve]) -> str:
+    def _confusion(self, curves: Sequence[ThresholdCurve]) -> pages.Html:
         names = self.outcomes.index.class_names
-        # A class without a threshold has nothing right: its surest detections alone.
-        matrix = confusion(self.outcomes, np.array([0.5 if curve.best is None else curve.best for curve in curves]))
+        matrix = confusion(self.outcomes, _limits(curves))
         order = [names.index(name) for name in self.result.class_counts]
         order = sorted(order, key=lambda k: -(matrix[k].sum() + matrix[:, k].sum()))[:_NUM_MATRIX]
         order = [*sorted(order), len(names)]
         shown = [names[k] for k in order[:-1]]
         few = f" The {_NUM_MATRIX} most frequent classes." if len(self.result.class_counts) > _NUM_MATRIX else ""
-        return html.section(
+        return _section(
             "What is taken for what",
             "Rows: the truth; columns: what was found, from each class's best threshold on (IoU 0.5 or more). Last column: "
             f"objects not found; last row: detections on background.{few}",
             charts.matrix_table(matrix[np.ix_(order, order)], [*shown, "background"], [*shown, "not found"]),
         )
 
-    def _calibration(self) -> str:
+    def _calibration(self) -> pages.Html:
         found = calibration(self.outcomes)
         chart = charts.line_chart(
             [("share of right detections", found.scores, found.right)], "score", "share that is right", diagonal=True
         )
         rows = [
-            [f"{low:.1f} to {high:.1f}", str(count), _figure(score), _figure(right)]
+            [f"{low:.1f} to {high:.1f}", count, score, right]
             for low, high, count, score, right in zip(
                 found.edges, found.edges[1:], found.counts, found.scores, found.right, strict=False
             )
             if count
         ]
-        return html.section(
+        return _section(
             "Can the scores be believed?",
             f"Expected calibration error {found.error:.3f}. On the dashed line, of detections with score 0.7 seven in ten are "
             "right (IoU 0.5); above it scores are too low, below it too high. Detections from 0.05 on.",
-            html.side_by_side(chart, html.table(["score", "detections", "mean score", "right"], rows)),
+            pages.wide([chart, pages.table(["score", "detections", "mean score", "right"], rows)]),
         )
 
-    def _compared(self, found: Comparison) -> str:
+    def _compared(self, found: Comparison) -> pages.Html:
         rows = [
             [
                 d.name,
-                _figure(d.first),
-                _figure(d.second),
+                d.first,
+                d.second,
                 f"{d.second - d.first:+.3f}",
                 f"{d.low:+.3f} to {d.high:+.3f}",
                 d.verdict,
@@ -200,42 +201,45 @@ class Report:
         order = np.argsort(found.images, kind="stable")
         ends = [*order[:5].tolist(), *order[-5:][::-1].tolist()]
         images = [[index.file_name(i), f"{found.images[i]:+.2f}"] for i in ends if found.images[i]]
-        return html.section(
+        return _section(
             f"Against {self.other}",
             f"95 per cent intervals of the difference from {found.resamples} resamples of the images, the same for both. An "
             f"interval with 0 in it shows no difference. F1 is better in {(found.images > 0).sum()} images, worse in "
             f"{(found.images < 0).sum()}, equal in {(found.images == 0).sum()} (IoU 0.5, scores from 0.25).",
-            html.table(head, rows),
-            "<h3>Images that differ most</h3>",
-            html.table(["image", "F1 of the other less this"], images),
+            pages.table(head, rows),
+            pages.section(
+                "Images that differ most", pages.table(["image", "F1 of the other less this"], images), level=3
+            ),
         )
 
-    def _false_alarms(self, split: ErrorSplit, curves: Sequence[ThresholdCurve], images: DetectionDataset) -> str:
+    def _false_alarms(
+        self, split: ErrorSplit, curves: Sequence[ThresholdCurve], images: DetectionDataset
+    ) -> pages.Html:
         table = self.outcomes.table
-        shots: list[str] = []
+        shots: list[pages.Html] = []
         for row in np.flatnonzero(split.kinds >= 0).tolist():  # best first
             if len(shots) == _NUM_SHOTS:
                 break
             kind = KINDS[split.kinds[row]]
             text = f"{self.outcomes.index.class_names[table.labels[row]]} {table.scores[row]:.2f}: {kind} ({_MEANINGS[kind]})"
             shots += self._shot(int(self.outcomes.positions[row]), text, table.boxes[row], curves, images)
-        return html.section(
+        return _section(
             "The surest false alarms",
             "Left the truth, right what was found from each class's best threshold on. The black and white frame is the mistake. "
             "Many of these are labels that are missing or wrong.",
-            f'<div class="shots">{"".join(shots)}</div>' if shots else "<p>None.</p>",
+            pages.wide(shots) if shots else pages.paragraph("None."),
         )
 
-    def _misses(self, split: ErrorSplit, curves: Sequence[ThresholdCurve], images: DetectionDataset) -> str:
+    def _misses(self, split: ErrorSplit, curves: Sequence[ThresholdCurve], images: DetectionDataset) -> pages.Html:
         index, table = self.outcomes.index, self.outcomes.table
         of_record = np.repeat(np.arange(len(index)), np.diff(index.offsets))
         areas = index.xywh[:, 2] * index.xywh[:, 3] / np.maximum(index.sizes[of_record].prod(1), 1)
         # Detections below the threshold are nothing to a user: an object that only they found is missed too.
-        limits = np.array([1.0 if curve.best is None else curve.best for curve in curves])
+        limits = _limits(curves)
         rows = self.outcomes.matches.detections[0]
         seen = (rows >= 0) & (table.scores[rows] >= limits[table.labels[rows]] if len(table) else False)
         missed = np.flatnonzero(self.outcomes.matches.counted & ~seen)
-        shots: list[str] = []
+        shots: list[pages.Html] = []
         for record in missed[np.argsort(-areas[missed], kind="stable")].tolist():
             if len(shots) == _NUM_SHOTS:
                 break
@@ -250,11 +254,11 @@ class Report:
             )
             text = f"{index.class_names[index.labels[record]]}, {100 * areas[record]:.0f}% of the image; {best}"
             shots += self._shot(int(of_record[record]), text, np.array([x, y, x + w, y + h]), curves, images)
-        return html.section(
+        return _section(
             "The largest objects that were missed",
             f"{len(missed)} objects have no detection of their class from its best threshold on. Left the truth, right what was "
             "found; the frame is the object.",
-            f'<div class="shots">{"".join(shots)}</div>' if shots else "<p>None.</p>",
+            pages.wide(shots) if shots else pages.paragraph("None."),
         )
 
     def _shot(
@@ -264,7 +268,7 @@ class Report:
         box: NDArray[np.floating[Any]],
         curves: Sequence[ThresholdCurve],
         images: DetectionDataset,
-    ) -> list[str]:
+    ) -> list[pages.Html]:
         """The figure of a mistake; [] where its image cannot be read."""
         index = self.outcomes.index
         try:
@@ -277,7 +281,7 @@ class Report:
         small = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
         objects = index.objects(position)
         found = self.outcomes.table.of_image(int(index.image_ids[position]), index.class_names)
-        limits = torch.tensor([0.5 if curve.best is None else curve.best for curve in curves])
+        limits = torch.from_numpy(_limits(curves))
         found = found.above(limits)
         found = replace(found, boxes=found.boxes * scale)
         sides = [
@@ -286,7 +290,8 @@ class Report:
         ]
         for side in sides:
             _frame(side, box * scale)
-        return [html.figure(image_grid(sides, columns=2, cell=_SHOT_SIDE), f"{index.file_name(position)}: {text}")]
+        pair = image_grid(sides, columns=2, cell=_SHOT_SIDE)
+        return [pages.figure(pair, f"{index.file_name(position)}: {text}", side=2 * _SHOT_SIDE)]
 
 
 def _frame(image: NDArray[np.uint8], box: NDArray[np.floating[Any]]) -> None:
@@ -296,5 +301,11 @@ def _frame(image: NDArray[np.uint8], box: NDArray[np.floating[Any]]) -> None:
     cv2.rectangle(image, (left, top), (right, bottom), (255, 255, 255), 2)
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None or not np.isfinite(value) else f"{value:.3f}"
+def _limits(curves: Sequence[ThresholdCurve]) -> NDArray[np.float64]:
+    """The best threshold of each class [K]; of a class without one, its surest detections alone."""
+    return np.array([0.5 if curve.best is None else curve.best for curve in curves])
+
+
+def _section(title: str, text: str, *parts: pages.Html) -> pages.Html:
+    """A heading, a line that says what to see, and what there is to see."""
+    return pages.section(title, pages.paragraph(text, class_="dim"), *parts)
