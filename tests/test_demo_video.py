@@ -203,6 +203,41 @@ def test_folder_of_images(tmp_path: Path, detector: FakeDetector, capsys: pytest
     assert "c.png" in printed
 
 
+def test_slices_reach_the_detector_as_a_batch(video: Path, detector: FakeDetector, monkeypatch: pytest.MonkeyPatch):
+    sizes: list[list[tuple[int, ...]]] = []
+
+    def batch(images: list[np.ndarray]) -> list[Detections]:
+        sizes.append([image.shape[:2] for image in images])
+        return [detector(image) for image in images]
+
+    monkeypatch.setattr("detection.inference.predictor.load_detector", lambda path, **settings: batch)
+    _, lines = run(video, "--slice", "96", "--max-frames", "1")
+    assert sizes == [[(96, 128), (96, 96), (96, 96)]]  # 96 x 128 pixels: the whole, and slices at x = 0 and 32
+    # The box of the whole (x 0 to 20) and that of the first slice (1 to 21) are one; the second slice's (2 to 22) moves by 32.
+    assert [found["box"] for found in lines[0]["detections"]] == [[0, 10, 20, 40], [34, 10, 54, 40]]
+
+
+def test_two_detectors_side_by_side(video: Path, monkeypatch: pytest.MonkeyPatch):
+    detectors = {"best.pt": FakeDetector(), "other.pt": FakeDetector()}
+    detectors["other.pt"].calls = 50
+    monkeypatch.setattr("detection.inference.predictor.load_detector", lambda path, **settings: detectors[path.name])
+    _, lines = run(video, "--against", "other.pt")
+    assert len(lines) == 12
+    assert lines[2]["detections"][0]["box"] == [2, 10, 22, 40]
+    assert lines[2]["against"][0]["box"] == [52, 10, 72, 40]
+    with FrameReader(video.parent / "out.mp4") as reader:
+        assert [frame.image.shape for frame in reader] == [(96, 256, 3)] * 12
+
+
+def test_images_out_are_one_a_frame(video: Path, detector: FakeDetector):
+    run(video, out="frames")
+    written = sorted((video.parent / "frames").iterdir())
+    assert len(written) == 12
+    image = cv2.imread(str(written[0]))
+    assert image.shape == (96, 128, 3)
+    assert (abs(image[20:35, 0:3].astype(int) - (60, 90, 150)).max()) > 40  # the box's left edge
+
+
 def test_window_ends_on_q(video: Path, detector: FakeDetector, monkeypatch: pytest.MonkeyPatch):
     shown, closed = [], []
     monkeypatch.setattr(demo_video, "_open_window", lambda: lambda: closed.append(True))

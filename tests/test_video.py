@@ -1,15 +1,18 @@
 import threading
 import time
 from collections.abc import Generator
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import cv2
 import numpy as np
 import pytest
 from shared_data import SHARED, needs_shared
 
 from detection.inference import video
+from detection.inference.encoders import exact_rate
 from detection.inference.video import Frame, FrameReader, VideoWriter, write_video
 
 
@@ -279,3 +282,52 @@ def test_video_is_finished_when_an_error_passes(tmp_path: Path):
         raise RuntimeError("elsewhere")
     with FrameReader(tmp_path / "video.mp4") as reader:
         assert len(list(reader)) == 2
+
+
+def test_video_is_h264_that_browsers_play(tmp_path: Path):
+    path = tmp_path / "video.mp4"
+    with VideoWriter(path, (49, 65), 29.97) as writer:
+        assert writer.codec == "H.264"
+        for number in range(6):
+            writer.write(coloured(number, 49, 65))
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.height, stream.width, stream.average_rate) == (48, 64, Fraction(30000, 1001))
+        assert sum(1 for _ in container.decode(video=0)) == 6
+    data = path.read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")  # the index first: it plays while it loads
+
+
+@pytest.mark.parametrize(
+    ("rate", "exact"),
+    [
+        (25, (25, 1)),
+        (12.5, (25, 2)),
+        (29.97, (30000, 1001)),
+        (23.976, (24000, 1001)),
+        (59.94006, (60000, 1001)),
+        (2, (2, 1)),
+    ],
+)
+def test_rates_are_the_fractions_that_are_meant(rate: float, exact: tuple[int, int]):
+    assert exact_rate(rate) == Fraction(*exact)
+
+
+def test_without_h264_it_is_mpeg4_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(video, "h264_encoder", lambda: None)
+    with VideoWriter(tmp_path / "video.mp4", (48, 64), 10) as writer:
+        writer.write(coloured(3))
+    assert writer.codec == "MPEG-4 part 2"
+    assert "no H.264 encoder here" in caplog.text
+    with FrameReader(tmp_path / "video.mp4") as reader:
+        assert reader.num_frames == 1
+
+
+def test_a_pattern_of_images_is_a_source(tmp_path: Path):
+    for name in ("a10.png", "a2.png", "b1.png", "a3.txt"):
+        cv2.imwrite(str(tmp_path / name), coloured(0)) if name.endswith("png") else (tmp_path / name).write_text("")
+    with FrameReader(tmp_path / "a*") as reader:
+        assert [frame.name for frame in reader] == ["a2.png", "a10.png"]
+    with pytest.raises(FileNotFoundError, match="no image fits this pattern"):
+        FrameReader(tmp_path / "z*.jpg")

@@ -17,6 +17,7 @@ COMMANDS = {
     "eval": "eval",
     "report": "report",
     "video": "video",
+    "predict": "predict",
     "check": "check",
     "inspect": "inspect",
     "export": "export",

@@ -1,6 +1,6 @@
 """Watch a detector on a video, a camera, a stream or a folder of images.
 
-$ litedet video RUN/best.pt --source FILE|0|URL|FOLDER --out OUT.mp4 --json OUT.jsonl
+$ litedet video RUN/best.pt --source FILE|0|URL|FOLDER|"*.jpg" --out OUT.mp4 --json OUT.jsonl
 
 It ends with the video, or with q or Esc in the window. Ctrl-C, SIGTERM (docker stop), SIGHUP (a closed terminal) and a source
 that breaks off end it too, with an exit status other than 0. Video and lines are whole in all these cases.
@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # what loads torch is imported when the command line is parse
     from detection.structures import Detections
 
 _WINDOW = "LiteDet (q ends)"
+_SCORE = 0.4  # without --score, where the checkpoint has no thresholds of its own
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,14 +45,26 @@ class DemoConfig:
     """A training's best.pt, a detector's .safetensors, a file of litedet export (.onnx, .xml, .tflite, .pt2), or a published
     name (ssdlite_mobilenet_v2_coco)."""
     source: str
-    """A video, an image, a folder of images, the number of a camera (0 is the first), or the URL of a stream."""
+    """A video, an image, a folder of images, a pattern ("shots/*.jpg"), the number of a camera (0 is the first), or the URL
+    of a stream."""
     out: Path | None = None
-    """Video to write: the source with boxes, classes, scores and the frame rate drawn on it, at the source's rate and size."""
+    """Video to write: the source with boxes, classes, scores and the frame rate drawn on it, at the source's rate and size
+    (H.264; docs/video.md). A name without a suffix is a folder: an image for each frame, without the frame rate."""
     json: Path | None = None
     """Detections to write, one line of JSON for each frame."""
     score: float | None = None
     """Detections below this score are left out. None: below the best threshold of their class where the checkpoint has
-    them (litedet eval --write-thresholds), else below 0.4."""
+    them (litedet eval --write-thresholds), else below 0.4. With --track one score holds for all classes, None is 0.4, and
+    weaker detections stay where they continue a track."""
+    track: bool = False
+    """Follow objects: an id on each box and in each line (needs pip install 'litedet[track]')."""
+    count: tuple[float, float, float, float] | None = None
+    """Count what crosses the line X1 Y1 X2 Y2 (pixels of the frame), by class; switches --track on. In is from right to left
+    of somebody who goes from (X1, Y1) to (X2, Y2)."""
+    slice: int | None = None
+    """For small objects: look at slices of so many pixels too, which overlap by a fifth. Takes time for each slice."""
+    against: Path | None = None
+    """A second checkpoint: both side by side, each half with its name."""
     show: bool = False
     """Show the video in a window while it is made."""
     device: str = "auto"
@@ -65,6 +78,12 @@ class DemoConfig:
             raise UserError("nothing would come of it: give --out VIDEO.mp4, --json FILE.jsonl or --show")
         if self.score is not None and not 0 <= self.score <= 1:
             raise UserError(f"--score {self.score}: a score lies between 0 and 1")
+        if self.slice is not None and self.slice < 32:
+            raise UserError(f"--slice {self.slice}: a slice has at least 32 pixels")
+        if self.count is not None and self.count[:2] == self.count[2:]:
+            raise UserError("--count: a line has two different ends, X1 Y1 X2 Y2")
+        if self.against is not None and (self.track or self.count):
+            raise UserError("--against shows two detectors side by side; --track and --count follow one, so not both")
         if self.max_frames is not None and self.max_frames < 1:
             raise UserError(f"--max-frames {self.max_frames}: must be at least 1")
 
@@ -92,9 +111,14 @@ class DemoResult:
 def main(argv: Sequence[str] | None = None) -> DemoResult:
     config = tyro.cli(DemoConfig, args=argv, description=__doc__)
     config.validate()
-    refuse_overwrites(
-        {"the checkpoint": config.checkpoint, "--source": config.source}, {"--out": config.out, "--json": config.json}
-    )
+    to_folder = config.out is not None and not config.out.suffix
+    inputs = {"the checkpoint": config.checkpoint, "--against": config.against, "--source": config.source}
+    refuse_overwrites(inputs, {"--out": None if to_folder else config.out, "--json": config.json})
+    if to_folder:
+        _refuse_folder(config)
+    if config.count and not config.track:
+        print("--count needs ids: --track is on")
+        config.track = True
     terminated: Terminated | None = None
     try:
         with terminated_as_interrupted():
@@ -115,9 +139,16 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
     """Goes through the source; the signal that ended it, if one did."""
     import supervision as sv
 
-    from detection.images.draw import draw_detections, draw_frame_rate
+    from detection.images.draw import draw_detections, draw_frame_rate, draw_line, side_by_side
     from detection.inference.predictor import load_detector
-    from detection.inference.video import FrameReader, VideoWriter
+    from detection.inference.slices import SlicedPredictor
+    from detection.inference.track import WEAKEST, LineCounter, Tracked, Tracker
+    from detection.inference.video import FrameReader, ImageWriter, VideoWriter
+
+    def load(path: Path) -> Callable[[NDArray[np.uint8]], Detections]:
+        score = min(WEAKEST, _score_of_tracks(config)) if config.track else config.score
+        detector = load_detector(path, device=config.device, score_threshold=score, default_score=_SCORE)
+        return detector if config.slice is None else SlicedPredictor(detector, config.slice)
 
     terminated: Terminated | None = None
     with ExitStack() as stack:
@@ -125,10 +156,17 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
         reader = stack.enter_context(FrameReader(config.source))
         if config.show:
             stack.callback(_open_window())
-        detector = load_detector(
-            config.checkpoint, device=config.device, score_threshold=config.score, default_score=0.4
-        )
-        video = stack.enter_context(VideoWriter(config.out, reader.size, reader.rate)) if config.out else None
+        tracker = Tracker(reader.rate, _score_of_tracks(config)) if config.track else None
+        counter = LineCounter(config.count) if config.count else None
+        detector = load(config.checkpoint)
+        other = load(config.against) if config.against else None
+        height, width = reader.size
+        size = (height, width * 2) if other else (height, width)
+        video, images = None, None
+        if config.out and config.out.suffix:
+            video = stack.enter_context(VideoWriter(config.out, size, reader.rate))
+        elif config.out:
+            images = ImageWriter(config.out)
         lines = None
         if config.json:
             config.json.parent.mkdir(parents=True, exist_ok=True)
@@ -146,14 +184,34 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
             for frame in reader:
                 before = time.monotonic()
                 found = detector(frame.image)
+                found_by_other = other(frame.image) if other else None
                 network_seconds += time.monotonic() - before
                 frame_rate.tick()
+                tracked = tracker(found) if tracker else Tracked(found, [])
+                found = tracked.detections
+                if counter:
+                    counter(tracked)
                 if lines:
-                    lines.write(json.dumps(_record(frame, found)) + "\n")
+                    record = _record(frame, found, tracked.ids if tracker else None)
+                    if counter:
+                        record["counts"] = counter.counts
+                    if found_by_other is not None:
+                        record["against"] = _detections(found_by_other, None)
+                    lines.write(json.dumps(record) + "\n")
                     lines.flush()  # whoever kills this process keeps the lines so far
                 stop = False
-                if video or config.show:
-                    drawn = draw_frame_rate(draw_detections(frame.image, found), frame_rate.fps)
+                if video or images or config.show:
+                    drawn = draw_detections(frame.image, found, ids=tracked.ids)
+                    if counter:
+                        drawn = draw_line(drawn, counter.line, counter.counts)
+                    if found_by_other is not None:
+                        assert config.against is not None
+                        names = _names_apart(config.checkpoint, config.against)
+                        drawn = side_by_side(drawn, draw_detections(frame.image, found_by_other), names)
+                    if images:
+                        images.write(drawn, frame)
+                    if video or config.show:
+                        drawn = draw_frame_rate(drawn, frame_rate.fps)
                     if video:
                         video.write(drawn, time=frame.time if reader.live else None)
                     stop = config.show and _show(drawn)
@@ -181,16 +239,48 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
     return result, terminated
 
 
-def _record(frame: Frame, found: Detections) -> dict[str, object]:
+def _score_of_tracks(config: DemoConfig) -> float:
+    return _SCORE if config.score is None else config.score
+
+
+def _record(frame: Frame, found: Detections, ids: Sequence[int | None] | None) -> dict[str, object]:
     """A line of --json. Boxes are xyxy in pixels of the frame; a folder's frames also carry the name of their file."""
-    detections = [
+    named = {} if frame.name is None else {"file": frame.name}
+    return {"frame": frame.index, "time": round(frame.time, 4), **named, "detections": _detections(found, ids)}
+
+
+def _detections(found: Detections, ids: Sequence[int | None] | None) -> list[dict[str, object]]:
+    """Detections for a line of --json, with "track" where there are ids."""
+    records: list[dict[str, object]] = [
         {"box": [round(x, 2) for x in box], "score": round(score, 4), "label": label, "class": name}
         for box, score, label, name in zip(
             found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), found.names(), strict=True
         )
     ]
-    named = {} if frame.name is None else {"file": frame.name}
-    return {"frame": frame.index, "time": round(frame.time, 4), **named, "detections": detections}
+    if ids is not None:
+        for record, number in zip(records, ids, strict=True):
+            record["track"] = number
+    return records
+
+
+def _names_apart(first: Path, second: Path) -> tuple[str, str]:
+    """Names for the two halves: those of the files, with their folders where both are called best.pt."""
+    if first.name != second.name:
+        return first.name, second.name
+    return "/".join(first.parts[-2:]), "/".join(second.parts[-2:])
+
+
+def _refuse_folder(config: DemoConfig) -> None:
+    """Raises UserError where images written to the folder --out would be, or overwrite, those of the source."""
+    assert config.out is not None
+    source = Path(config.source)
+    folder = source if source.is_dir() else source.parent
+    if os.path.realpath(config.out) == os.path.realpath(folder):
+        raise UserError(f"--out {config.out} is the folder of --source; its images would be overwritten")
+    if config.out.is_file():
+        raise UserError(
+            f"--out {config.out} is a file; a video is called OUT.mp4, a folder must not be there as a file"
+        )
 
 
 def _print_summary(result: DemoResult, config: DemoConfig, reader: FrameReader) -> None:
@@ -202,7 +292,10 @@ def _print_summary(result: DemoResult, config: DemoConfig, reader: FrameReader) 
     )
     for what in result.skipped:
         print(f"left out: {what}")
-    for what, path in (("video", config.out), ("detections", config.json)):
+    for what, path in (
+        ("video" if config.out and config.out.suffix else "images", config.out),
+        ("detections", config.json),
+    ):
         if path:
             print(f"{what}: {path}")
 

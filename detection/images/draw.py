@@ -3,7 +3,7 @@
 Everything here takes and gives RGB uint8; supervision draws in OpenCV's BGR, so images are turned at its border.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import cv2
@@ -39,18 +39,25 @@ def to_supervision(detections: Detections) -> sv.Detections:
     )
 
 
-def draw_detections(image: NDArray[np.uint8], detections: Detections, min_side: int = 0) -> NDArray[np.uint8]:
+def draw_detections(
+    image: NDArray[np.uint8], detections: Detections, min_side: int = 0, ids: Sequence[int | None] = ()
+) -> NDArray[np.uint8]:
     """Draws what was found: a box and "class score" in the colour of the class, the best on top.
+
+    The colour goes by the label alone, so a class has the same in every image and run.
 
     Args:
         image: uint8 RGB [H, W, 3]; it stays as it is.
         detections: boxes in pixels of ``image``.
         min_side: an image whose longer side is below this is enlarged before drawing, so that its labels can be read.
+        ids: of the track of each detection, written before its class ("#3 cat 0.87"); None for one without; () for none.
 
     Returns:
         A new image, uint8 RGB; the given one, enlarged or not, where there are no boxes.
     """
     texts = [f"{name} {score:.2f}" for name, score in zip(detections.names(), detections.scores.tolist(), strict=True)]
+    if ids:
+        texts = [text if number is None else f"#{number} {text}" for text, number in zip(texts, ids, strict=True)]
     return _draw(image, detections, texts, min_side)
 
 
@@ -100,7 +107,7 @@ def _draw(image: NDArray[np.uint8], detections: Detections, texts: list[str], mi
     scene = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), np.uint8)
     resolution = (width, height)
     thickness = sv.calculate_optimal_line_thickness(resolution)
-    text_scale = max(_SMALLEST_TEXT, sv.calculate_optimal_text_scale(resolution))
+    text_scale = _fitting_scale(max(_SMALLEST_TEXT, sv.calculate_optimal_text_scale(resolution)), texts, width)
     boxes = sv.BoxAnnotator(color=_PALETTE, thickness=thickness)
     labels = sv.LabelAnnotator(
         color=_PALETTE,
@@ -112,6 +119,12 @@ def _draw(image: NDArray[np.uint8], detections: Detections, texts: list[str], mi
     )
     scene = labels.annotate(boxes.annotate(scene, found), found, texts[::-1])
     return np.asarray(cv2.cvtColor(scene, cv2.COLOR_BGR2RGB), np.uint8)
+
+
+def _fitting_scale(scale: float, texts: Sequence[str], width: int) -> float:
+    """The scale at which the longest text, with its margins, is no wider than the image; not below 0.3."""
+    longest = max(cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0] + 12 * scale for text in texts)
+    return float(max(min(scale, 0.3), min(scale, scale * width / longest)))
 
 
 def image_grid(
@@ -164,3 +177,39 @@ def draw_frame_rate(image: NDArray[np.uint8], frames_per_second: float) -> NDArr
     return sv.draw_text(
         image.copy(), text, anchor, sv.Color.WHITE, scale, 1, padding, background_color=sv.Color(32, 32, 32)
     )
+
+
+def draw_line(
+    image: NDArray[np.uint8], line: tuple[float, float, float, float], counts: Mapping[str, Mapping[str, int]]
+) -> NDArray[np.uint8]:
+    """A new image with a line and what crossed it: "cat in 3 out 1" for each class, in the lower left corner.
+
+    Args:
+        image: uint8 RGB [H, W, 3].
+        line: x1, y1, x2, y2 in pixels.
+        counts: class name -> {"in": n, "out": n}.
+    """
+    height, width = image.shape[:2]
+    start, end = (round(line[0]), round(line[1])), (round(line[2]), round(line[3]))
+    drawn = image.copy()
+    cv2.line(drawn, start, end, (255, 255, 255), sv.calculate_optimal_line_thickness((width, height)), cv2.LINE_AA)
+    texts = [f"{name} in {count['in']} out {count['out']}" for name, count in sorted(counts.items())] or ["in 0 out 0"]
+    for number, text in enumerate(reversed(texts)):
+        drawn = _write(drawn, text, number)
+    return drawn
+
+
+def side_by_side(left: NDArray[np.uint8], right: NDArray[np.uint8], names: tuple[str, str]) -> NDArray[np.uint8]:
+    """Two images [H, W, 3] of one size as one [H, 2 W, 3], each with its name in the lower left corner."""
+    return np.concatenate([_write(left, names[0]), _write(right, names[1])], axis=1)
+
+
+def _write(image: NDArray[np.uint8], text: str, line: int = 0) -> NDArray[np.uint8]:
+    """A new image with a text, white on dark, in the lower left corner, ``line`` lines above it."""
+    scale = max(_SMALLEST_TEXT, sv.calculate_optimal_text_scale((image.shape[1], image.shape[0])))
+    scale = _fitting_scale(scale, [text], image.shape[1])
+    (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
+    padding = max(2, round(scale * 8))
+    anchor = sv.Point(padding + width // 2, image.shape[0] - padding - height // 2 - line * (height + 2 * padding))
+    ground = sv.Color(32, 32, 32)
+    return sv.draw_text(image.copy(), text, anchor, sv.Color.WHITE, scale, 1, padding, background_color=ground)

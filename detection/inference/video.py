@@ -1,8 +1,10 @@
-"""Videos in and out, by OpenCV: a source that is read ahead in a thread, and a file that is written.
+"""Videos in and out: a source that is read ahead in a thread, and a file that is written.
 
 Frames are RGB uint8 [H, W, 3]; OpenCV's BGR begins and ends in this file.
 """
 
+import glob
+import logging
 import os
 import re
 import sys
@@ -10,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +23,11 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from backbones.errors import UserError
+from backbones.state import write_whole
 from detection.images.decode import IMAGE_SUFFIXES, read_image
+from detection.inference.encoders import Encoder, H264Encoder, OpenCvEncoder, h264_encoder
+
+_log = logging.getLogger(__name__)
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4")
 IMAGES_PER_SECOND = 2.0  # the rate of a folder of images
@@ -56,7 +62,8 @@ class FrameReader:
         for frame in reader: ...
 
     Args:
-        source: a video file, an image, a folder of images, the number of a camera, or the URL of a stream.
+        source: a video file, an image, a folder of images, a pattern (``shots/*.jpg``), the number of a camera, or the URL
+            of a stream.
         read_ahead: frames that a file may be ahead of its reader.
 
     Attributes:
@@ -207,10 +214,16 @@ class FrameReader:
                 raise FileNotFoundError(f"{path}: no images in this folder ({', '.join(IMAGE_SUFFIXES)})")
         elif path.exists():
             paths = [path]
+        elif glob.has_magic(self.source):
+            paths = [Path(one) for one in glob.glob(self.source, recursive=True)]
+            paths = [one for one in paths if one.suffix.lower() in IMAGE_SUFFIXES and one.is_file()]
+            paths.sort(key=_natural_order)
+            if not paths:
+                raise FileNotFoundError(f"{self.source}: no image fits this pattern ({', '.join(IMAGE_SUFFIXES)})")
         else:
             raise FileNotFoundError(
                 f"{path}: no such file or folder; a source is a video, an image, a folder of images, "
-                "the number of a camera (0 is the first) or the URL of a stream"
+                "a pattern ('shots/*.jpg'), the number of a camera (0 is the first) or the URL of a stream"
             )
         self.num_frames = len(paths)
         self.rate = IMAGES_PER_SECOND
@@ -230,19 +243,20 @@ class FrameReader:
 
 
 class VideoWriter:
-    """Writes frames to a video file (MPEG-4 part 2, which OpenCV's own builds can write everywhere).
+    """Writes frames to a video file: H.264 where PyAV has an encoder of it, else MPEG-4 part 2 by OpenCV, with a warning.
 
-    ``supervision.VideoSink`` wraps the same OpenCV writer; this one also takes RGB, fits frames of another size, keeps
-    the clock of a live source and finds out at the end whether everything is on the disk: OpenCV itself loses frames of
-    another size, and frames that a full disk cannot take, without a word.
+    It takes RGB, fits frames of another size, keeps the clock of a live source and finds out at the end whether everything
+    is on the disk: OpenCV itself loses frames of another size, and frames that a full disk cannot take, without a word.
 
     Args:
-        path: the suffix gives the format: .mp4, .mov, .m4v, .mkv or .avi. The folder is made if it is not there.
-        size: (height, width) of the video. MPEG-4 has even sides only: an odd one loses its last row or column.
+        path: the suffix gives the format: .mp4, .mov, .m4v or .mkv, and .avi, which is always MPEG-4 part 2. The folder is
+            made if it is not there.
+        size: (height, width) of the video. These codecs have even sides only: an odd one loses its last row or column.
         rate: frames per second.
 
     Attributes:
         num_frames: frames written.
+        codec: "H.264" or "MPEG-4 part 2".
 
     Raises:
         UserError: a suffix that no format here has.
@@ -254,16 +268,28 @@ class VideoWriter:
         self.size = size
         self.rate = rate
         self.num_frames = 0
-        if self.path.suffix.lower() not in VIDEO_SUFFIXES:
+        suffix = self.path.suffix.lower()
+        if suffix not in VIDEO_SUFFIXES:
             raise UserError(f"{path}: a video is written as one of {', '.join(VIDEO_SUFFIXES)}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with _quiet_opencv():
-            four_letters = cv2.VideoWriter.fourcc(*"mp4v")
-            self._writer = cv2.VideoWriter(str(self.path), four_letters, rate, (size[1], size[0]))
-        if not self._writer.isOpened():
+        self._even = (size[0] // 2 * 2, size[1] // 2 * 2)
+        h264 = None if suffix == ".avi" else h264_encoder()
+        if h264 is None and suffix != ".avi":
+            _log.warning(
+                "no H.264 encoder here (pip install av): %s is MPEG-4 part 2, which browsers do not play", path
+            )
+        self.codec = "H.264" if h264 else "MPEG-4 part 2"
+        self._encoder: Encoder | None = None
+        try:
+            with _quiet_opencv():
+                if h264:
+                    self._encoder = H264Encoder(self.path, self._even, rate, h264)
+                else:
+                    self._encoder = OpenCvEncoder(self.path, self._even, rate)
+        except (OSError, ValueError) as error:
             raise OSError(
                 f"{path}: the video cannot be written ({size[1]} x {size[0]}, {rate:g} frames/s); is it writable?"
-            )
+            ) from error
 
     def write(self, image: NDArray[np.uint8], time: float | None = None) -> None:
         """Adds a frame.
@@ -272,12 +298,16 @@ class VideoWriter:
             image: uint8 RGB [H, W, 3]. One of another size than the video is fitted into it, its sides in proportion.
             time: seconds since the first frame, for a source that drops frames: the video repeats this one until it has
                 caught up with the clock, and leaves it out where it is ahead. None: one frame each.
+
+        Raises:
+            OSError: the disk does not take it.
         """
-        bgr = np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), np.uint8)
+        assert self._encoder is not None, "the file is closed"
         if image.shape[:2] != self.size:
-            bgr = sv.letterbox_image(bgr, (self.size[1], self.size[0]))
+            image = np.asarray(sv.letterbox_image(image, (self.size[1], self.size[0])), np.uint8)
+        image = image[: self._even[0], : self._even[1]]
         for _ in range(1 if time is None else round(time * self.rate) + 1 - self.num_frames):
-            self._writer.write(bgr)
+            self._encoder.write(image)
             self.num_frames += 1
 
     def close(self) -> None:
@@ -286,9 +316,10 @@ class VideoWriter:
         Raises:
             OSError: frames are missing in it.
         """
-        if not self._writer.isOpened():
+        if self._encoder is None:
             return
-        self._writer.release()
+        encoder, self._encoder = self._encoder, None
+        encoder.close()
         with _quiet_opencv():
             check = cv2.VideoCapture(str(self.path))
             held = int(check.get(cv2.CAP_PROP_FRAME_COUNT)) if check.isOpened() else 0
@@ -304,8 +335,38 @@ class VideoWriter:
     ) -> None:
         if error is None:
             self.close()
-        else:
-            self._writer.release()  # the error under way says more than a check would
+        elif self._encoder is not None:
+            with suppress(OSError):  # the error under way says more
+                self._encoder.close()
+            self._encoder = None
+
+
+class ImageWriter:
+    """Writes frames as images to a folder: under the name of their file, or frame_000012.jpg for those of a video.
+
+    Two files of one name, which a pattern over several folders gives, become NAME and NAME_2.
+
+    Args:
+        folder: made if it is not there. Images in it of the same names are replaced.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._given: set[str] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, image: NDArray[np.uint8], frame: Frame) -> Path:
+        """Writes RGB uint8 [H, W, 3], whole or not at all, and returns where: PNG for a PNG, JPEG for all others."""
+        stem = Path(frame.name).stem if frame.name else f"frame_{frame.index:06}"
+        suffix = ".png" if frame.name and frame.name.lower().endswith(".png") else ".jpg"
+        name, number = stem + suffix, 1
+        while name in self._given:
+            number += 1
+            name = f"{stem}_{number}{suffix}"
+        self._given.add(name)
+        _, encoded = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        write_whole(self.folder / name, encoded.tobytes())
+        return self.folder / name
 
 
 def write_video(path: str | Path, images: Iterable[NDArray[np.uint8]], rate: float) -> int:
