@@ -169,6 +169,8 @@ def test_one_head_predicts_and_the_config_says_which() -> None:
         one.class_logits[:, :256] - many.class_logits[:, :256]
     ).mean() > 0.5  # the map at stride 8 has 16 x 16 cells
     assert len(model.class_tensors()) == 2 * 2 * 4
+    runner = build_runner(model, "torch", torch.device("cpu"))  # packs the convolutions of one head alone
+    torch.testing.assert_close(runner(images).class_logits, one.class_logits, rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match=r"model\.one_to_one is False: there is no such head"):
         LiteDet(SMALL.replaced(predict_with="one_to_one"), 3)
 

@@ -190,7 +190,7 @@ def _packed(model: Detector) -> Detector:
         hook.remove()
     for parent in list(packed.modules()):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Conv2d):
+            if layer in shapes:  # not in a head that only a training runs
                 fuse = isinstance(parent, ConvNormAct) and isinstance(parent.norm, nn.Identity)
                 relu6 = fuse and isinstance(parent.act, nn.ReLU6)
                 setattr(parent, name, _PackedConv(layer, shapes[layer], relu6))
