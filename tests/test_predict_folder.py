@@ -64,6 +64,14 @@ def test_every_image_once_with_what_the_predictor_finds(folder: Path, tmp_path: 
     assert "24 images, 5 of 5 shards" in capsys.readouterr().out
 
 
+def test_a_worker_process_gives_the_same_rows(folder: Path, tmp_path: Path):
+    for workers in ("0", "1"):
+        predict.main(arguments(folder, tmp_path / workers, "--workers", workers))
+    found, expected = rows(tmp_path / "1"), rows(tmp_path / "0")
+    assert len(found) == 24
+    assert found == expected
+
+
 def test_processes_share_the_shards(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, there in (("1", [1, 3]), ("0", [0, 1, 2, 3, 4])):

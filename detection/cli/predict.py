@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config.validate()
     from backbones.state import sha256_of
     from detection.engine.runtime import choose_device
-    from detection.inference.folder import digest, list_images, open_folder, predict_shards, unreadable
+    from detection.inference.folder import digest, list_images, missing_shards, open_folder, predict_shards, unreadable
     from detection.inference.predictor import load_detector
     from detection.weights.hub import locate
 
@@ -72,7 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "shard_size": config.shard_size,
     }
     open_folder(config.out, identity)
-    with tqdm(unit="image", dynamic_ncols=True, desc=f"predict {rank + 1}/{world_size}") as bar:
+    missing = missing_shards(config.out, len(paths), config.shard_size, rank, world_size)
+    total = sum(len(paths[shard * config.shard_size : (shard + 1) * config.shard_size]) for shard in missing)
+    with tqdm(total=total, unit="image", dynamic_ncols=True, desc=f"predict {rank + 1}/{world_size}") as bar:
         for number in predict_shards(
             detector,
             paths,

@@ -88,6 +88,12 @@ def shard_path(out: Path, shard: int) -> Path:
     return out / f"shard-{shard:06}.parquet"
 
 
+def missing_shards(out: Path, num_images: int, shard_size: int, rank: int = 0, world_size: int = 1) -> list[int]:
+    """Numbers of the shards of a process that are not there yet."""
+    count = -(-num_images // shard_size)
+    return [shard for shard in range(rank, count, world_size) if not shard_path(out, shard).exists()]
+
+
 class _Item(NamedTuple):
     pixels: NDArray[np.uint8] | None
     placement: Placement | None
@@ -163,8 +169,7 @@ def predict_shards(
         parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise UserError("Parquet needs the package pyarrow; pip install 'litedet[predict]'") from error
-    count = -(-len(paths) // shard_size)
-    missing = [shard for shard in range(rank, count, world_size) if not shard_path(out, shard).exists()]
+    missing = missing_shards(out, len(paths), shard_size, rank, world_size)
     todo = [path for shard in missing for path in paths[shard * shard_size : (shard + 1) * shard_size]]
     # One loader over all shards, so that the workers start once and never wait at the end of a shard.
     loader = DataLoader(
