@@ -122,7 +122,10 @@ def test_setup_cfg_lists_every_package() -> None:
         for path in (ROOT / top).rglob("__init__.py")
     ]
     assert sorted(listed) == sorted([*on_disk, "detection.recipes"])
-    assert {path.parent for top in ("backbones", "detection") for path in (ROOT / top).rglob("*.py")} == {
+    # The bundle's script is copied, never imported: it is data of its package.
+    assert config["options.package_data"]["detection.export"] == "bundle_files/*.py"
+    folders = {path.parent for top in ("backbones", "detection") for path in (ROOT / top).rglob("*.py")}
+    assert folders - {ROOT / "detection" / "export" / "bundle_files"} == {
         ROOT / Path(*name.split(".")) for name in on_disk
     }, "a folder with Python files and without __init__.py"
 

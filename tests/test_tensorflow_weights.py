@@ -17,7 +17,7 @@ from backbones.layers import ConvNormAct
 from backbones.mobilenetv2 import MobileNetV2Config
 from backbones.weights.info import WeightsInfo
 from backbones.weights.native import save_weights
-from configs.finetune import detector as detector_recipe
+from configs.finetune import ssdlite as detector_recipe
 from detection.cli.convert_weights import main as convert_weights
 from detection.cli.eval import main as eval_det
 from detection.data.drawn import DetectionSet, draw_detection_set

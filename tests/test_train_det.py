@@ -282,8 +282,8 @@ import os, signal, sys
 from detection.cli.train import main
 from detection.engine import loop
 update = loop._Loop._update
-def dies(self):
-    update(self)
+def dies(self, meter):
+    update(self, meter)
     if self.state.step == 4 and self.runtime.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 loop._Loop._update = dies
