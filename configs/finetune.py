@@ -55,12 +55,16 @@ def litedet() -> DetectionConfig:
         litedet train finetune:litedet --data.train.annotations FILE --data.train.images DIR \
             --data.val.annotations FILE --data.val.images DIR --weights FILE --run-dir RUN
 
-    Made for some hundred to some ten thousand images on a CPU or one GPU, as ``ssdlite``, and trained in the same way. The
-    network has a map at stride 8 and no anchor sizes to choose, for objects from a few pixels to the whole image.
+    Made for some hundred to some ten thousand images on a CPU or one GPU, as ``ssdlite``, and trained on the same images. The
+    network has a map at stride 8 and no anchor sizes to choose, for objects from a few pixels to the whole image. All of it
+    but the backbone is new and learns four times as fast; the backbone, which knows a thousand classes already, moves at a
+    sixth of that.
     """
     config = ssdlite()
     config.model = LiteDetConfig(backbone=MobileNetV2Config(frozen_stages=3))
     config.loss = LiteDetLossConfig()
+    config.train.optim.lr = 4e-3
+    config.backbone_lr_scale = 0.15
     return config
 
 

@@ -7,9 +7,9 @@ from detection.data.augment import AugmentConfig
 from detection.engine.ema import EmaConfig
 from detection.engine.loop import TrainConfig
 from detection.engine.optim import OptimConfig
-from detection.models.anchors import AnchorConfig
-from detection.models.ssdlite import SSDLiteConfig
+from detection.models.litedet import LiteDetConfig
 from detection.training.config import DataConfig, DetectionConfig
+from detection.training.litedet_loss import LiteDetLossConfig
 
 WIDTH = 0.35
 
@@ -30,17 +30,14 @@ def classifier() -> ClassificationConfig:
 
 
 def detector() -> DetectionConfig:
-    """A detector of the drawn shapes at 160 px, from the backbone of ``classifier``.
-
-    A map at stride 8 beside SSDLite's own, because the smallest objects are 15 px at the input.
-    """
+    """A detector of the drawn shapes at 160 px, from the backbone of ``classifier``."""
     return DetectionConfig(
-        model=SSDLiteConfig(
+        model=LiteDetConfig(
             backbone=MobileNetV2Config(width=WIDTH, frozen_stages=1),
             input_size=(160, 160),
-            features=("stage3", "stride16_expansion", "last"),
-            anchors=AnchorConfig(min_scale=0.12, reduce_first_map=False),
+            neck_width=64,
         ),
+        loss=LiteDetLossConfig(),
         augment=AugmentConfig(crop_probability=0.0, horizontal_flip=0.5),
         data=DataConfig(workers=1),
         train=TrainConfig(

@@ -371,7 +371,9 @@ def test_a_short_training_learns_the_drawn_shapes(tmp_path: Path) -> None:
         "--model.backbone.width 0.35 --model.backbone.frozen-stages 0 --model.input-size 128 128 --train.batch-size 2"
     )
     options += " --train.epochs 45 --train.eval-every 45 --data.workers 0 --train.device cpu --train.optim.lr 3e-3"
-    options += " --augment.crop-probability 0 --augment.expand-probability 0"
+    options += (
+        " --augment.crop-probability 0 --augment.expand-probability 0 --backbone-lr-scale 1"  # nothing is pretrained
+    )
     recipe = f"{Path(__file__).resolve().parents[1]}/configs/finetune.py:litedet"
     result = train_det([recipe, *map(str, files), "--run-dir", str(tmp_path / "run"), *options.split()])
     assert result.best_metric > 0.3
