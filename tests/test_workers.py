@@ -148,3 +148,13 @@ def test_torchs_texts(text: str, message: str, capsys: pytest.CaptureFixture[str
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match=r"^a matrix does not fit$"), clear_failures():
         raise RuntimeError("a matrix does not fit")
+
+
+def test_the_process_ends_while_a_loader_is_still_referenced() -> None:
+    """Workers ignore SIGTERM, with which multiprocessing ends its children, and waited forever for their next batch."""
+    code = "import test_workers; loader = test_workers.loader_of(2); print(sum(len(batch.values) for batch in loader))"
+    tests = os.path.dirname(__file__)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tests, check=False
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "8", "")

@@ -8,10 +8,12 @@ torch's ``DataLoader`` alone falls short of what a training needs in three ways:
 * A worker that was killed is a traceback through torch.
 """
 
+import atexit
 import dataclasses
 import re
 import shutil
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,11 +87,23 @@ class BatchLoader(DataLoader[Any], Generic[_Batch]):
         self.sampler.set_epoch(epoch, first_batch * self.batch_size)  # type: ignore[attr-defined]
 
     def __iter__(self) -> Iterator[_Batch]:  # type: ignore[override]  # torch's own iterator, not any
+        first = self._iterator is None
         with clear_failures():
-            for batch in super().__iter__():
+            batches = super().__iter__()
+            if first and self.num_workers:
+                # After torch's own, hence before it: that one sends SIGTERM, which our workers ignore, and then waits for them.
+                atexit.register(_end_workers, weakref.ref(self))
+            for batch in batches:
                 if isinstance(batch, _NoRoom):
                     raise UserError(_no_room(f" for a batch of {batch.num_bytes / 2**20:,.1f} MiB"))
                 yield batch
+
+
+def _end_workers(loader: "weakref.ref[BatchLoader[Any]]") -> None:
+    """Ends the workers of a loader that is still there when the interpreter ends, in a global or in a cycle of references."""
+    found = loader()
+    if found is not None and found._iterator is not None:
+        found._iterator._shutdown_workers()  # type: ignore[attr-defined]  # what torch does when the iterator is deleted
 
 
 @dataclass(frozen=True, slots=True)
