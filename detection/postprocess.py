@@ -3,6 +3,7 @@
 Letters in shapes: B batch, A anchors, C columns of class logits, N candidates of an image, D numbers of a box code.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -109,28 +110,61 @@ class Postprocess:
     def _each(self, raw: RawPredictions) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """For each image, best first: boxes [N, 4] in pixels of the input, scores [N], class columns [N]."""
         C = raw.class_logits.shape[-1]
-        for scores, codes in zip(self.scores(raw.class_logits).flatten(1), raw.codes, strict=True):
-            # Few pairs are above it, and a top-k over all of them takes twice as long as finding those and sorting them.
-            pairs = (scores > self.config.score_threshold).nonzero().squeeze(1)
-            scores, order = scores[pairs].topk(min(self.config.candidates, len(pairs)))  # [N], best first
-            pairs = pairs[order]
+        for class_logits, codes in zip(raw.class_logits, raw.codes, strict=True):
+            scores, pairs = self._above_threshold(class_logits)
+            scores, order = scores.topk(min(self.config.candidates, len(pairs)))  # [N], best first
+            scores = scores[: int((scores > self.config.score_threshold).sum())]
+            pairs = pairs[order[: len(scores)]]
             rows, columns = pairs // C, pairs % C
-            boxes = self.box_coder.decode(codes[rows].float(), raw.anchors[rows])
-            best = self._suppress(boxes, scores, columns)
+            boxes, best = self._suppress(codes, raw.anchors, rows, scores, columns)
             yield boxes[best], scores[best], columns[best]
 
-    def _suppress(self, boxes: Tensor, scores: Tensor, columns: Tensor) -> Tensor:
-        """Boxes [N, 4] with scores, best first, and class columns -> the positions of those that stay, best first."""
+    def _above_threshold(self, class_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits [A, C] -> the scores above the threshold [N], and the (anchor, class) pairs they are of, as
+        anchor * C + column; with sigmoid also a few just below it.
+
+        Few pairs are above it: a top-k over all of them takes twice as long as finding those and sorting them. A sigmoid
+        grows with its logit, so that the others need no sigmoid at all.
+        """
+        threshold = self.config.score_threshold
+        if self.score == "softmax":
+            scores = self.scores(class_logits).flatten()
+            pairs = (scores > threshold).nonzero().squeeze(1)
+            return scores[pairs], pairs
+        flat = class_logits.float().flatten()
+        least = (
+            math.log(threshold / (1 - threshold)) - 1e-3 if threshold else -math.inf
+        )  # a little less: sigmoid rounds
+        pairs = (flat > least).nonzero().squeeze(1)
+        if self.first_column:
+            pairs = pairs[pairs % class_logits.shape[-1] != 0]
+        return flat[pairs].sigmoid(), pairs
+
+    def _suppress(
+        self, codes: Tensor, anchors: Tensor, rows: Tensor, scores: Tensor, columns: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Decoding and suppression of an image's candidates.
+
+        Args:
+            codes: [A, D], of all anchors.
+            anchors: [A, 4].
+            rows, scores, columns: [N] each, of the candidates, best first: anchor, score, class column.
+
+        Returns:
+            Boxes of the first candidates, and the positions of those that stay, best first.
+        """
         wanted = self.config.max_detections
-        if self.config.nms_threshold == 1:
-            return torch.arange(min(wanted, len(scores)), device=scores.device)
         # What is kept of the best n is kept of all, and the time goes with the square of n: mostly a part of them suffices.
-        count = wanted + wanted // 4
+        count = wanted if self.config.nms_threshold == 1 else wanted + wanted // 4
         while True:
-            apart = _apart(boxes[:count], columns[:count])
+            some = rows[:count]
+            boxes = self.box_coder.decode(codes[some].float(), anchors[some])
+            if self.config.nms_threshold == 1:
+                return boxes, torch.arange(len(some), device=scores.device)
+            apart = _apart(boxes, columns[:count])
             best: Tensor = nms(apart, scores[:count].double(), self.config.nms_threshold)[:wanted]
             if len(best) == wanted or count >= len(scores):
-                return best
+                return boxes, best
             count *= 2
 
     def batched(self, raw: RawPredictions) -> Tensor:

@@ -1,5 +1,7 @@
 """From raw predictions to detections. Run: pytest tests/test_postprocess.py"""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -73,6 +75,25 @@ def test_sigmoid_scores_with_and_without_a_background_column() -> None:
     (found,) = Postprocess(config, SSDBoxCoder(), "sigmoid", False)(raw, WHOLE, SIZE)
     assert found.labels.tolist() == [0, 1]
     assert found.scores.tolist() == pytest.approx([0.99988, 0.5], abs=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.001, 0.25, 0.5, 0.999])
+@pytest.mark.parametrize("background", [False, True])
+def test_a_sigmoid_score_is_kept_where_it_is_higher_than_the_threshold(threshold: float, background: bool) -> None:
+    edge = math.log(threshold / (1 - threshold)) if threshold else -20.0
+    away = torch.tensor(
+        [-0.1, -1e-4, 0, 1e-4, 0.1]
+    )  # sigmoid rounds near the edge; a thousandth below is looked at too
+    logits = torch.stack((torch.full((5,), 9.0), edge + away), -1)[None] if background else (edge + away)[None, :, None]
+    anchors = torch.arange(5.0)[:, None] * 20 + torch.tensor([0.0, 0, 10, 10])
+    (found,) = Postprocess(PostprocessConfig(score_threshold=threshold), SSDBoxCoder(), "sigmoid", background)(
+        RawPredictions(torch.zeros(1, 5, 4), logits, anchors), WHOLE, SIZE
+    )
+    assert (found.scores > threshold).all()
+    places = [int(x) // 20 for x in found.boxes[:, 0]]
+    assert places[:2] == [4, 3]
+    assert set(places[2:]) == ({0, 1, 2} if threshold == 0 else set(places[2:]) & {2})
+    torch.testing.assert_close(found.scores, (edge + away[places]).sigmoid())
 
 
 def test_boxes_come_back_to_the_image_by_hand() -> None:
