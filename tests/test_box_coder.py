@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from detection.boxes import cxcywh_to_xyxy
-from detection.models.box_coders import DistributionBoxCoder, SSDBoxCoder
+from detection.models.box_coders import DistributionBoxCoder, SSDBoxCoder, log_softmax, softmax
 
 
 def test_no_boxes() -> None:
@@ -97,3 +97,14 @@ def test_wild_distributions_stay_finite_and_uncrossed() -> None:
     assert (decoded[:, :2] <= decoded[:, 2:]).all()
     assert coder.decode(torch.zeros(2, 0, 32), torch.zeros(0, 4)).shape == (2, 0, 4)
     assert coder.encode(torch.tensor([[5.0, 5, 5, 5]]), anchors[:1]).isfinite().all()
+
+
+def test_softmax_over_a_short_dimension_is_torchs() -> None:
+    logits = torch.randn(3, 5, 4, 8, dtype=torch.float64, requires_grad=True)
+    for ours, theirs in ((softmax, torch.softmax), (log_softmax, torch.log_softmax)):
+        assert ours(logits).shape == logits.shape
+        torch.testing.assert_close(ours(logits), theirs(logits, -1))
+        (gradient,) = torch.autograd.grad((ours(logits) ** 3).sum(), logits)
+        (expected,) = torch.autograd.grad((theirs(logits, -1) ** 3).sum(), logits)
+        torch.testing.assert_close(gradient, expected)
+    assert softmax(torch.zeros(0, 4, 8)).shape == (0, 4, 8)

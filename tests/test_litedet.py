@@ -1,11 +1,13 @@
 """LiteDet as a whole: counts, a step fit for CUDA, weights, prediction. Run: pytest tests/test_litedet.py"""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_model import training_batch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from backbones.mobilenetv2 import MobileNetV2, MobileNetV2Config
@@ -17,7 +19,15 @@ from detection.benchmark.count import count
 from detection.cli.train import main as train_det
 from detection.data.drawn import draw_detection_set
 from detection.images.place import place
-from detection.inference.runners import Backend, PackedRunner, _can_pack, build_runner, fold_norms, to_onnx
+from detection.inference.runners import (
+    Backend,
+    PackedRunner,
+    _can_pack,
+    build_runner,
+    fold_norms,
+    merge_outputs,
+    to_onnx,
+)
 from detection.models.build import build_detector
 from detection.models.litedet import LiteDet, LiteDetConfig
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
@@ -331,6 +341,18 @@ def test_packed_convolutions_say_the_same(folded: bool) -> None:
     assert expected.class_logits.std() > 0.01
     torch.testing.assert_close(found.codes, expected.codes, rtol=1e-4, atol=2e-4)
     torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=2e-4)
+
+
+def test_outputs_merged_for_prediction_say_the_same() -> None:
+    model = small_litedet()[0]
+    images = torch.randint(0, 256, (3, 3, 96, 128), dtype=torch.uint8)
+    merged = merge_outputs(copy.deepcopy(model))
+    outputs = sum(isinstance(layer, nn.Conv2d) for layer in model.modules())
+    assert sum(isinstance(layer, nn.Conv2d) for layer in merged.modules()) == outputs - 4  # one a map in place of two
+    with torch.inference_mode():
+        expected, found = model(images), merged(images)
+    torch.testing.assert_close(found.codes, expected.codes)
+    torch.testing.assert_close(found.class_logits, expected.class_logits)
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from backbones.errors import UserError
 from backbones.layers import ConvNormAct
 from detection.models.detector import Detector
+from detection.models.litedet import LiteDetHead
 from detection.structures import RawPredictions, Runner
 
 Backend = Literal["torch", "compile", "onnxruntime", "openvino"]
@@ -51,7 +52,7 @@ def build_runner(
     if backend not in get_args(Backend):
         raise UserError(f"backend {backend!r} is unknown; there are {', '.join(map(repr, get_args(Backend)))}")
     device = device or model.anchors.device
-    folded = fold_norms(copy.deepcopy(model).eval()).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    folded = fold_norms(merge_outputs(copy.deepcopy(model).eval())).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if backend == "torch":
         # oneDNN's packed layers are float32.
         packs = device.type == "cpu" and amp == "off" and _can_pack()
@@ -77,6 +78,17 @@ def fold_norms(model: Detector) -> Detector:
         if isinstance(module, ConvNormAct) and isinstance(module.norm, nn.BatchNorm2d):
             module.conv = fuse_conv_bn_eval(module.conv, module.norm)
             module.norm = nn.Identity()  # type: ignore[assignment]
+    return model
+
+
+def merge_outputs(model: Detector) -> Detector:
+    """Merge what can be computed at once in the heads of a detector that is only to predict, in place: the same function.
+
+    Not for a file that is quantised: boxes and classes would share one scale.
+    """
+    for module in model.modules():
+        if isinstance(module, LiteDetHead):
+            module.merge_outputs()
     return model
 
 

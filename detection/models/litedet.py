@@ -124,17 +124,46 @@ class LiteDetHead(nn.Module):
         )
         self.box = nn.ModuleList(nn.Conv2d(spec.channels, code_size, 1) for spec in specs)
         self.classes = nn.ModuleList(nn.Conv2d(spec.channels, num_columns, 1) for spec in specs)
+        self.merged: nn.ModuleList | None = None
 
     def class_outputs(self) -> list[nn.Conv2d]:
         """The convolution of each map that makes the class logits."""
         return [layer for layer in self.classes if isinstance(layer, nn.Conv2d)]
 
+    @torch.no_grad()
+    def merge_outputs(self) -> None:
+        """Let one convolution a map make both outputs, in place: the same numbers with four operators less, for prediction.
+
+        The two parameters of each map become one, so weights are loaded before.
+        """
+        pairs = [(box, classes) for box, classes in zip(self.box, self.classes, strict=True)]
+        self.merged = nn.ModuleList(_one_after_the_other(box, classes) for box, classes in pairs)
+        self.box, self.classes = nn.ModuleList(), nn.ModuleList()
+
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Maps [B, C_k, H_k, W_k] -> box codes [B, A, D], class logits [B, A, C]."""
         found = [shared(x) for shared, x in zip(self.shared, maps, strict=True)]
+        if self.merged is not None:
+            columns = self.code_size + self.num_columns
+            both = torch.cat([per_anchor(m(x), columns) for m, x in zip(self.merged, found, strict=True)], 1)
+            codes, class_logits = both.split((self.code_size, self.num_columns), -1)
+            return codes, class_logits
         boxes = [per_anchor(layer(x), self.code_size) for layer, x in zip(self.box, found, strict=True)]
         classes = [per_anchor(layer(x), self.num_columns) for layer, x in zip(self.classes, found, strict=True)]
         return torch.cat(boxes, 1), torch.cat(classes, 1)
+
+
+def _one_after_the_other(first: nn.Module, second: nn.Module) -> nn.Conv2d:
+    """A 1x1 convolution whose output channels are those of one and then those of another on the same input."""
+    assert isinstance(first, nn.Conv2d)
+    assert isinstance(second, nn.Conv2d)
+    assert first.bias is not None
+    assert second.bias is not None
+    both = nn.Conv2d(first.in_channels, first.out_channels + second.out_channels, 1, device=first.weight.device)
+    both.weight.copy_(torch.cat((first.weight, second.weight)))
+    assert both.bias is not None
+    both.bias.copy_(torch.cat((first.bias, second.bias)))
+    return both
 
 
 class LiteDet(Detector):

@@ -56,7 +56,7 @@ class DepthwiseSeparable(nn.Module):
         found: Tensor = self.pointwise(self.depthwise(x))
         if self.act is None:
             return found
-        summed: Tensor = self.act(found + (x if shortcut is None else shortcut))
+        summed: Tensor = self.act(found.add_(x if shortcut is None else shortcut))
         return summed
 
 

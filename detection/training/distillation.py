@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from backbones.errors import UserError
-from detection.models.box_coders import DistributionBoxCoder
+from detection.models.box_coders import DistributionBoxCoder, log_softmax
 from detection.models.build import build_detector
 from detection.models.detector import Detector, DetectorConfig
 from detection.structures import RawPredictions
@@ -165,8 +165,8 @@ class Distillation(torch.nn.Module):
             class_errors = F.binary_cross_entropy_with_logits(ours, scores, reduction="none") * difference
         if self.distributions:
             T = self.config.temperature
-            wanted = (codes / T).unflatten(-1, (4, -1)).log_softmax(-1)
-            given = (our_codes / T).unflatten(-1, (4, -1)).log_softmax(-1)
+            wanted = log_softmax((codes / T).unflatten(-1, (4, -1)))
+            given = log_softmax((our_codes / T).unflatten(-1, (4, -1)))
             box_errors = F.kl_div(given, wanted, reduction="none", log_target=True).sum(-1).mean(-1) * T**2
         else:
             box_errors = F.smooth_l1_loss(our_codes, codes, reduction="none").sum(-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from backbones.errors import UserError
 from detection.boxes import giou
-from detection.models.box_coders import DistributionBoxCoder
+from detection.models.box_coders import DistributionBoxCoder, log_softmax
 from detection.models.detector import Detector, DetectorConfig
 from detection.structures import RawPredictions, Target
 from detection.training.losses import DetectionLoss, LossConfig, mean_over_processes
@@ -119,7 +119,7 @@ class LiteDetLoss(DetectionLoss):
         errors = F.binary_cross_entropy_with_logits(logits, qualities, reduction="none")
         loss_class = (errors * (qualities - logits.sigmoid()).abs() ** self.config.focal_gamma).sum() / normaliser
         loss_box = ((1 - giou(predicted, boxes)) * quality).sum() / normaliser
-        log_probabilities = codes.unflatten(-1, (4, -1)).log_softmax(-1)
+        log_probabilities = log_softmax(codes.unflatten(-1, (4, -1)))
         surprise = -(bin_weights * log_probabilities).sum(-1).mean(-1)  # [B, A]
         loss_distribution = (surprise * quality).sum() / normaliser
 
