@@ -24,12 +24,12 @@ import cv2
 import numpy as np
 import tyro
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from backbones.errors import UserError
 from detection.cli.outputs import refuse_overwrites
 from detection.cli.stopping import Terminated, let_go_of_terminal, terminated_as_interrupted
 from detection.engine.errors import main_errors
+from detection.engine.progress import progress_bar
 
 if TYPE_CHECKING:  # what loads torch is imported when the command line is parsed
     from detection.inference.video import Frame, FrameReader
@@ -176,9 +176,7 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
         network_seconds = 0.0
         frame_rate = sv.FPSMonitor(sample_size=30)
         total = min((n for n in (reader.num_frames, config.max_frames) if n is not None), default=None)
-        progress = stack.enter_context(
-            tqdm(total=total, unit="frame", dynamic_ncols=True, desc=Path(config.source).name)
-        )
+        progress = stack.enter_context(progress_bar(total=total, unit="frame", desc=Path(config.source).name))
         begin = time.monotonic()
         try:
             for frame in reader:
