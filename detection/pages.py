@@ -39,23 +39,27 @@ pre code { padding: 0; }
 .tag { display: inline-block; padding: 0 .5em; border: 1px solid currentColor; border-radius: 1em; font-size: .8rem;
   font-weight: 600; vertical-align: middle; white-space: nowrap; }
 .scroll { overflow: auto; max-height: 48rem; }
-table { border-collapse: collapse; margin: .6rem 0; font-size: .93rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; margin: .6rem 0; width: 100%; max-width: 64rem; font-size: .93rem;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--dim); font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
+.beside { display: flex; flex-wrap: wrap; gap: 0 2.4rem; align-items: flex-start; }
+.beside > * { flex: 1 1 auto; min-width: min(100%, 18rem); max-width: 100%; }
 .matrix { overflow-x: auto; }
 .matrix td { text-align: center; min-width: 2.2rem; padding: .2rem .3rem; }
 .matrix thead th { vertical-align: bottom; padding: .3rem .1rem; }
 .matrix thead span { writing-mode: vertical-rl; transform: rotate(180deg); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 9rem), 1fr)); gap: .8rem; margin: 1rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 9rem), 1fr)); gap: .8rem; margin: 1rem 0; }
 .tile { background: var(--card); border-radius: 8px; padding: .7rem .9rem; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.2; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; margin: .8rem 0; }
-.wide { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem; }
+.wide { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem 2.4rem; }
+.wide.large { grid-template-columns: repeat(auto-fit, minmax(min(100%, 36rem), 1fr)); }
 .wide > * { min-width: 0; }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; max-width: 100%; max-height: 26rem; height: auto; border-radius: 6px; background: var(--card); }
-figure img.whole { max-height: none; background: #fff; }
+figure img.whole { width: 100%; max-height: none; background: #fff; }
 figure svg { display: block; width: 100%; max-width: 40rem; height: auto; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .86rem; }
 .legend i { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 2px; }
@@ -199,13 +203,23 @@ def gallery(figures: Iterable[Html]) -> Html:
     return element("div", *figures, class_="gallery")
 
 
-def wide(parts: Iterable[Html]) -> Html:
-    """Charts, tables or figures side by side where there is room, in wider cells than those of ``gallery``."""
-    return element("div", *parts, class_="wide")
+def wide(parts: Iterable[Html], large: bool = False) -> Html:
+    """Charts, tables or figures side by side where there is room, in wider cells than those of ``gallery``.
+
+    Args:
+        parts: as many in a row as fit, of one width.
+        large: at most two in a row.
+    """
+    return element("div", *parts, class_="wide large" if large else "wide")
+
+
+def beside(parts: Iterable[Html]) -> Html:
+    """Parts in a row, each as wide as it needs to be and growing into what is left; below each other where there is no room."""
+    return element("div", *parts, class_="beside")
 
 
 def png_figure(png: bytes, alt: str) -> Html:
-    """A PNG file inside the page, as wide as there is room."""
+    """A PNG file inside the page, as wide as its cell."""
     address = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return element("figure", Html(f'<img class="whole" src="{address}" alt="{html.escape(alt)}">'))
 

@@ -110,9 +110,8 @@ def test_every_fault_is_found_and_nothing_else(checked: Checked) -> None:
 
 def test_faults_come_with_where_and_what(checked: Checked) -> None:
     text = str(checked)
-    assert (
-        "train, good0.jpg, annotation 17: cell: left, top, width, height = 120, 10, 20, 20 sticks out by 12.0" in text
-    )
+    sticks_out = "cell, 20 x 20 pixels at left 120, top 10, sticks out by 12 pixels; the image is 128 x 96"
+    assert f"train, good0.jpg, annotation 17: {sticks_out}" in text
     assert "small.jpg is 64 x 48, recorded are 128 x 96" in text
     assert "leaked.jpg is good7.jpg of train" in text
     assert (

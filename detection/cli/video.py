@@ -57,7 +57,8 @@ class DemoConfig:
     them (litedet eval --write-thresholds), else below 0.4. With --track one score holds for all classes, None is 0.4, and
     weaker detections stay where they continue a track."""
     track: bool = False
-    """Follow objects: an id on each box and in each line (needs pip install 'litedet[track]')."""
+    """Follow objects: an id on each box and in each line, and a trace of where it came from (needs
+    pip install 'litedet[track]')."""
     count: tuple[float, float, float, float] | None = None
     """Count what crosses the line X1 Y1 X2 Y2 (pixels of the frame), by class; switches --track on. In is from right to left
     of somebody who goes from (X1, Y1) to (X2, Y2)."""
@@ -139,7 +140,7 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
     """Goes through the source; the signal that ended it, if one did."""
     import supervision as sv
 
-    from detection.images.draw import draw_detections, draw_frame_rate, draw_line, side_by_side
+    from detection.images.draw import Traces, draw_detections, draw_frame_rate, draw_line, side_by_side
     from detection.inference.predictor import load_detector
     from detection.inference.slices import SlicedPredictor
     from detection.inference.track import WEAKEST, LineCounter, Tracked, Tracker
@@ -158,6 +159,7 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
             stack.callback(_open_window())
         tracker = Tracker(reader.rate, _score_of_tracks(config)) if config.track else None
         counter = LineCounter(config.count) if config.count else None
+        traces = Traces(reader.rate, reader.size) if config.track else None
         detector = load(config.checkpoint)
         other = load(config.against) if config.against else None
         height, width = reader.size
@@ -199,7 +201,8 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
                     lines.flush()  # whoever kills this process keeps the lines so far
                 stop = False
                 if video or images or config.show:
-                    drawn = draw_detections(frame.image, found, ids=tracked.ids)
+                    scene = traces(frame.image, found, tracked.ids) if traces else frame.image
+                    drawn = draw_detections(scene, found, ids=tracked.ids)
                     if counter:
                         drawn = draw_line(drawn, counter.line, counter.counts)
                     if found_by_other is not None:

@@ -28,6 +28,7 @@ from detection.evaluation.errors import (
     calibration,
     confusion,
     iou,
+    shown_errors,
     split_errors,
     threshold_curves,
 )
@@ -37,7 +38,9 @@ from detection.images.draw import draw_detections, draw_target, image_grid
 _log = logging.getLogger(__name__)
 
 _NUM_LINES = 10  # classes that have a line of their own in a chart
+_NUM_BARS = 25  # classes in the bars of AP
 _NUM_MATRIX = 30  # classes in the confusion matrix
+_NUM_PAIRS = 10  # confusions that are named
 _NUM_SHOTS = 12
 _SHOT_SIDE = 400
 _MEANINGS = {
@@ -76,7 +79,7 @@ class Report:
         """The page, UTF-8, without script and outside address."""
         curves = threshold_curves(self.outcomes)
         split = split_errors(self.outcomes)
-        sections = [self._figures(), self._classes(curves), self._curves(curves), self._errors(split)]
+        sections = [self._figures(), self._classes(curves), self._curves(curves), self._errors(split, curves)]
         if self.comparison is not None:
             sections.insert(1, self._compared(self.comparison))
         sections += [self._confusion(curves), self._calibration()]
@@ -107,12 +110,16 @@ class Report:
             curve = curves[names.index(name)]
             best = "-" if curve.best is None else f"{curve.best:.2f}"
             rows.append([name, count, *(of[name] for of in by_size), best, curve.best_f1])
-        head = ["class", "objects", "AP", "small", "medium", "large", "best threshold", "F1 there"]
+        head = ["class", "objects", "AP", "small", "medium", "large", "threshold", "F1"]
         text = (
-            "AP by class and size (below 32x32, up to 96x96, above); the threshold at which F1 is highest at IoU 0.5."
-            f" No threshold where F1 stays below {WORTH}; 0.5 stands in below."
+            "AP by class and size (below 32x32, up to 96x96, above); the threshold at which F1 is highest at IoU 0.5, and F1 "
+            f"there. No threshold where F1 stays below {WORTH}; 0.5 stands in below."
         )
-        return _section("Classes", text, pages.table(head, rows))
+        measured = {name: ap for name, ap in by_size[0].items() if ap is not None}
+        lowest = sorted(measured, key=lambda name: measured[name])[:_NUM_BARS]
+        few = "" if len(lowest) == len(measured) else f", the {len(lowest)} lowest"
+        bars = charts.bar_chart(f"AP by class{few}", lowest, [measured[name] for name in lowest])
+        return _section("Classes", text, pages.wide([pages.table(head, rows), bars]))
 
     def _curves(self, curves: Sequence[ThresholdCurve]) -> pages.Html:
         shown = sorted(self.result.class_counts, key=lambda name: -self.result.class_counts[name])
@@ -140,13 +147,15 @@ class Report:
             pages.wide([pr, f1]),
         )
 
-    def _errors(self, split: ErrorSplit) -> pages.Html:
+    def _errors(self, split: ErrorSplit, curves: Sequence[ThresholdCurve]) -> pages.Html:
         costs = charts.bar_chart("AP50 that mending each gains", KINDS, [split.costs[kind] for kind in KINDS])
-        rows = [[kind, split.counts[kind], f"{split.costs[kind]:+.3f}", _MEANINGS[kind]] for kind in KINDS]
+        shown = shown_errors(self.outcomes, split, _limits(curves))
+        rows = [[kind, shown[kind], f"{split.costs[kind]:+.3f}", _MEANINGS[kind]] for kind in KINDS]
         return _section(
             "What goes wrong, and what it costs",
             f"Errors of TIDE (arXiv 2008.08115) at IoU 0.5. The bar is what AP50 ({split.ap50:.3f}) would gain if every error of "
-            "this kind alone were mended. Detections of any score count, so there are many in the background that cost little.",
+            "this kind alone were mended, whatever its score, as AP counts. The numbers are of the detections that a user sees: "
+            "those from each class's best threshold on.",
             pages.wide([costs, pages.table(["error", "number", "AP50", "meaning"], rows)]),
         )
 
@@ -162,8 +171,29 @@ class Report:
             "What is taken for what",
             "Rows: the truth; columns: what was found, from each class's best threshold on (IoU 0.5 or more). Last column: "
             f"objects not found; last row: detections on background.{few}",
-            charts.matrix_table(matrix[np.ix_(order, order)], [*shown, "background"], [*shown, "not found"]),
+            pages.beside(
+                [
+                    charts.matrix_table(matrix[np.ix_(order, order)], [*shown, "background"], [*shown, "not found"]),
+                    self._confused(matrix),
+                ]
+            ),
         )
+
+    def _confused(self, matrix: NDArray[np.int64]) -> pages.Html:
+        """The pairs of classes that are mistaken most often."""
+        names = self.outcomes.index.class_names
+        pairs = [
+            (int(matrix[true, found]), true, found)
+            for true, found in zip(*np.nonzero(matrix[:-1, :-1]), strict=True)
+            if true != found
+        ]
+        rows = [
+            [names[true], names[found], count, f"{100 * count / matrix[true].sum():.0f} %"]
+            for count, true, found in sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:_NUM_PAIRS]
+        ]
+        if not rows:
+            return pages.paragraph("No class is taken for another.", class_="good")
+        return pages.table(["class", "taken for", "number", "of the class"], rows)
 
     def _calibration(self) -> pages.Html:
         found = calibration(self.outcomes)
@@ -227,7 +257,7 @@ class Report:
             "The surest false alarms",
             "Left the truth, right what was found from each class's best threshold on. The black and white frame is the mistake. "
             "Many of these are labels that are missing or wrong.",
-            pages.wide(shots) if shots else pages.paragraph("None."),
+            pages.wide(shots, large=True) if shots else pages.paragraph("None."),
         )
 
     def _misses(self, split: ErrorSplit, curves: Sequence[ThresholdCurve], images: DetectionDataset) -> pages.Html:
@@ -258,7 +288,7 @@ class Report:
             "The largest objects that were missed",
             f"{len(missed)} objects have no detection of their class from its best threshold on. Left the truth, right what was "
             "found; the frame is the object.",
-            pages.wide(shots) if shots else pages.paragraph("None."),
+            pages.wide(shots, large=True) if shots else pages.paragraph("None."),
         )
 
     def _shot(

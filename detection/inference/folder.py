@@ -199,7 +199,8 @@ def _detect(predictor: Predictor, batch: _Stacked) -> list[Detections]:
         return []
     with torch.inference_mode(), threads_for(predictor.runner):
         pixels = batch.pixels.permute(0, 3, 1, 2).to(predictor.device)
-        return predictor.postprocess(run_in_parts(predictor.runner, pixels), batch.placements, batch.sizes)
+        found = predictor.postprocess(run_in_parts(predictor.runner, pixels), batch.placements, batch.sizes)
+        return predictor.shown(found)
 
 
 def _row(found: Detections, size: list[int]) -> dict[str, Any]:
