@@ -39,7 +39,7 @@ pre code { padding: 0; }
 .tag { display: inline-block; padding: 0 .5em; border: 1px solid currentColor; border-radius: 1em; font-size: .8rem;
   font-weight: 600; vertical-align: middle; white-space: nowrap; }
 .scroll { overflow: auto; max-height: 48rem; }
-table { border-collapse: collapse; margin: .6rem 0; width: 100%; max-width: 64rem; font-size: .93rem;
+table { border-collapse: collapse; margin: .6rem 0; width: 100%; max-width: 80rem; font-size: .93rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--dim); font-weight: 600; white-space: nowrap; }

@@ -16,6 +16,7 @@ from detection.engine.log import read_record
 
 _log = logging.getLogger(__name__)
 
+_BEST = "\N{NO-BREAK SPACE}(best)"
 _NOT_LOSSES = ("positives", "positives_per_object")
 
 
@@ -110,7 +111,7 @@ def _sections(
     metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))[:3]
     rows = [
         [
-            f"{record['epoch']}{' (best)' if record['best'] else ''}",
+            f"{record['epoch']}{_BEST if record['best'] else ''}",
             *(record["losses"].get(name) for name in names),
             *(record["metrics"].get(name) for name in metrics),
             f"{record['images_per_second']:.1f}",
