@@ -5,8 +5,8 @@ $ litedet inspect RUN --out DIR
 $ litedet inspect RUN/best.pt --out DIR
 
 It takes what litedet train takes, and writes DIR/augmented.jpg and DIR/assignment.jpg. Of a run, its best weights (or those of
-the checkpoint that is named) decide where predictions matter. Besides: --out DIR (where to write; "inspect" by default), --num-images N (16), --epoch N (0, whose changes
-of the images are drawn).
+the checkpoint that is named) decide where predictions matter. Besides: --out DIR (where to write; "inspect" by default),
+--num-images N (16), --epoch N (0, whose changes of the images are drawn).
 """
 
 from __future__ import annotations
