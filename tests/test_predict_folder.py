@@ -93,27 +93,6 @@ def test_another_threshold_or_list_in_the_same_folder_is_refused(folder: Path, t
     assert json.loads((tmp_path / "out" / "predict.json").read_text())["score_threshold"] == 0.01
 
 
-def test_thresholds_of_the_checkpoint_hold_where_no_score_is_given(folder: Path, tmp_path: Path):
-    model, info = small_detector()
-    scores = [score for row in everything(folder, tmp_path) for score in row["scores"] or ()]
-    info.thresholds = (float(np.median(scores)), 1.0, *(0.01 for _ in info.class_names[2:]))
-    save_detector(tmp_path / "own.safetensors", model, info)
-    source, out = str(folder / "images"), tmp_path / "own"
-    predict.main([str(tmp_path / "own.safetensors"), "--source", source, "--out", str(out), "--device", "cpu"])
-    detector = load_detector(tmp_path / "own.safetensors", device="cpu")
-    found = [row for row in rows(out) if row["error"] is None]
-    assert [row["labels"] for row in found] == [detector(row["image"]).labels.tolist() for row in found]
-    kept = [(label, score) for row in found for label, score in zip(row["labels"], row["scores"], strict=True)]
-    assert kept
-    assert all(score >= info.thresholds[label] for label, score in kept)
-    assert json.loads((out / "predict.json").read_text())["score_threshold"] == list(info.thresholds)
-
-
-def everything(folder: Path, tmp_path: Path) -> list[dict]:
-    predict.main(arguments(folder, tmp_path / "all"))
-    return rows(tmp_path / "all")
-
-
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs the signals of Unix")
 def test_killed_and_continued_has_every_image_once(folder: Path, tmp_path: Path):
     paths = list_images(str(folder / "images"))

@@ -27,9 +27,8 @@ class PredictConfig:
     """A folder (with its subfolders), a pattern ("shots/*.jpg"), or a .txt with a path on each line."""
     out: Path
     """Folder of the shards; one with shards of the same command is continued."""
-    score_threshold: float | None = None
-    """Detections below it are left out. None: below the best threshold of their class where the checkpoint has them
-    (litedet eval --write-thresholds), else below 0.25."""
+    score_threshold: float = 0.25
+    """Detections below it are left out."""
     batch_size: int = 32
     """Images that the network gets at once."""
     workers: int = 2
@@ -43,7 +42,7 @@ class PredictConfig:
         """Raises UserError for values that make no sense."""
         if min(self.batch_size, self.shard_size) < 1 or self.workers < 0:
             raise UserError("--batch-size and --shard-size must be at least 1, --workers at least 0")
-        if self.score_threshold is not None and not 0 <= self.score_threshold < 1:
+        if not 0 <= self.score_threshold < 1:
             raise UserError(f"--score-threshold {self.score_threshold}: must be in [0, 1)")
 
 
@@ -67,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     identity = {
         "checkpoint": sha256_of(file),
-        "score_threshold": list(detector.info.thresholds) or detector.info.postprocess.score_threshold,
+        "score_threshold": config.score_threshold,
         "images": len(paths),
         "list": digest(paths),
         "shard_size": config.shard_size,

@@ -199,8 +199,7 @@ def _detect(predictor: Predictor, batch: _Stacked) -> list[Detections]:
         return []
     with torch.inference_mode(), threads_for(predictor.runner):
         pixels = batch.pixels.permute(0, 3, 1, 2).to(predictor.device)
-        found = predictor.postprocess(run_in_parts(predictor.runner, pixels), batch.placements, batch.sizes)
-        return predictor.shown(found)
+        return predictor.postprocess(run_in_parts(predictor.runner, pixels), batch.placements, batch.sizes)
 
 
 def _row(found: Detections, size: list[int]) -> dict[str, Any]:

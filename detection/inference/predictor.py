@@ -91,10 +91,7 @@ class Predictor:
         sizes = torch.tensor([array.shape[:2] for array in arrays])
         with torch.inference_mode(), threads_for(self.runner):
             raw = run_in_parts(self.runner, pixels.to(self.device, non_blocking=True))
-            return self.shown(self.postprocess(raw, placements, sizes))
-
-    def shown(self, found: list[Detections]) -> list[Detections]:
-        """Detections of this detector from the threshold of their class on; all of them where ``info`` has none."""
+            found = self.postprocess(raw, placements, sizes)
         if not self.info.thresholds:
             return found
         limits = torch.tensor(self.info.thresholds, dtype=torch.float64)
