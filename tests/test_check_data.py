@@ -1,6 +1,4 @@
 import json
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from browser import look_at, needs_chromium
 from faulty_data import SIZE, draw, faulty_set
 from shared_data import SHARED, needs_shared
 
@@ -21,8 +20,6 @@ from detection.checks.sources import read_splits
 from detection.cli.check import main
 from detection.data.coco import CocoIndex
 from detection.structures import Detections
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # Every fault of ``faulty_set``: the kind, the split, and the image or annotation (or the beginning of the message).
 FAULTS = [
@@ -44,7 +41,7 @@ FAULTS = [
     ("class-rare", "train", "'dust' has 1 object"),
     ("class-rare", "val", "'cell' has 3 objects"),
     ("class-rare", "val", "'ghost' has 1 object"),
-    ("class-not-learnt", "val", "'ghost' has 1 objects here and is no class of train"),
+    ("class-not-learnt", "val", "'ghost' has 1 object here and is no class of train"),
     ("no-objects", "train", "empty.jpg"),
     ("missing-image", "train", "absent.jpg"),
     ("not-an-image", "train", "text.jpg"),
@@ -434,30 +431,14 @@ def test_bccd_has_two_boxes_without_area() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the path (apt-get install chromium)")
-@pytest.mark.parametrize("width", [1400, 500])  # headless Chromium's window is 500 pixels wide at least
-def test_page_fits_its_window(faulty: tuple[Path, Path, Path], tmp_path: Path, width: int) -> None:
-    assert CHROMIUM is not None
+@needs_chromium
+def test_page_fits_a_desk_and_a_telephone(faulty: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
     with pytest.raises(SystemExit):
-        main([*map(str, faulty[:2]), "--images", str(faulty[2]), "--report", str(tmp_path / "page.html")])
-    page = tmp_path / "measured.html"
-    script = (
-        "<script>addEventListener('load', () => { const root = document.documentElement; const images = [...document.images];"
-        "document.title = [root.scrollWidth <= innerWidth, images.length, images.every(one => one.naturalWidth > 0)].join(' ');"
-        "});</script></body>"
-    )
-    text = (tmp_path / "page.html").read_text().replace('loading="lazy"', "").replace("</body>", script)
-    page.write_text(text)
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--window-size={width},2000",
-        f"--user-data-dir={tmp_path}/profile",
-    ]
-    run = subprocess.run(
-        [CHROMIUM, *options, "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    count = text.count("<img ")
-    assert f"<title>true {count} true</title>" in run.stdout
+        main([*map(str, faulty[:2]), "--images", str(faulty[2]), "--report", str(page), "--recipe", "finetune:ssdlite"])
+    for look in look_at(page, tmp_path):
+        assert not look.scrolls, look
+        assert look.loaded == page.read_text().count("<img ") > 10
+        assert look.letters > 9, look
+    # Single images of a fault end where they end, so a section of them may be narrow; charts and tables are not.
+    assert "What train holds" not in look_at(page, tmp_path, (1400,))[0].halves

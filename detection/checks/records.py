@@ -145,7 +145,7 @@ def check_classes(splits: Sequence[Split]) -> list[Finding]:
                 text = f"{name!r} has {count} object{'s' if count > 1 else ''}"
                 findings.append(Finding(kind="class-rare", split=split.number, message=text))
             if split is not splits[0] and count and name not in splits[0].class_names:
-                text = f"{name!r} has {count} objects here and is no class of {splits[0].name}"
+                text = f"{name!r} has {count} object{'s' if count > 1 else ''} here and is no class of {splits[0].name}"
                 findings.append(Finding(kind="class-not-learnt", split=split.number, message=text))
     return findings
 
