@@ -16,6 +16,7 @@ from detection.checks.duplicates import bit_counts, difference_hashes, near_pair
 from detection.checks.files import look_at_files
 from detection.checks.findings import KINDS
 from detection.checks.labels import compare
+from detection.checks.records import as_read
 from detection.checks.sources import read_splits
 from detection.cli.check import main
 from detection.data.coco import CocoIndex
@@ -151,6 +152,8 @@ def test_command_writes_json_page_and_clean_copies(
     )
     assert len(findings["findings"]) == findings["errors"] + findings["warnings"] == len(FAULTS)
 
+    assert [one["box"] for one in findings["findings"] if one["kind"] == "box-sticks-out"] == [[120, 10, 20, 20]]
+
     page = (tmp_path / "report" / "index.html").read_text()
     for kind, *_ in FAULTS:
         assert f'id="{kind}"' in page
@@ -174,6 +177,21 @@ def test_command_writes_json_page_and_clean_copies(
     assert index.size(names.index("no_size.jpg")) == SIZE
     again = check_splits(read_splits([Path(out[2]), Path(out[3])], [faulty[2]]))
     assert {kind for kind in kinds(again) if KINDS[kind].severity == "error"} == {"size-differs", "class-not-learnt"}
+
+
+def test_lengths_are_rounded_for_people() -> None:
+    lengths = {
+        344.04: "344",
+        12.345678: "12",
+        9.04: "9",
+        1.26: "1.3",
+        -20: "-20",
+        0: "0",
+        0.333333: "0.33",
+        0.00412: "0.0041",
+    }
+    assert {length: as_read(length) for length in lengths} == lengths
+    assert (as_read(float("nan")), as_read(float("-inf")), as_read(2.5e9)) == ("nan", "-inf", "2.5e+09")
 
 
 def test_exit_status_follows_fail_on(tmp_path: Path) -> None:

@@ -166,9 +166,9 @@ def _box(split: Split, record: int) -> str:
 
 
 def as_read(pixels: float) -> str:
-    """A length for people: whole pixels, of less than ten one digit behind the point, of less than one two."""
+    """A length for people: whole pixels, of less than ten with one digit behind the point, of less than one with two that count."""
     if not math.isfinite(pixels) or abs(pixels) >= 1e6:
         return f"{pixels:.3g}"
-    digits = 0 if abs(pixels) >= 10 else 1 if abs(pixels) >= 1 else 2
-    text = f"{pixels:.{digits}f}"
-    return text.rstrip("0").rstrip(".") if digits else text
+    if abs(pixels) < 1:
+        return f"{pixels:.2g}"
+    return f"{pixels:.0f}" if abs(pixels) >= 10 else f"{pixels:.1f}".removesuffix(".0")
