@@ -166,7 +166,7 @@ def _box(split: Split, record: int) -> str:
 
 
 def as_read(pixels: float) -> str:
-    """A length for people: whole pixels, of less than ten with one digit behind the point, of less than one with two that count."""
+    """A length for people: whole pixels, below ten with one digit behind the point, below one with two that count."""
     if not math.isfinite(pixels) or abs(pixels) >= 1e6:
         return f"{pixels:.3g}"
     if abs(pixels) < 1:
