@@ -29,7 +29,10 @@ addEventListener('load', () => {
     return {
       width, scrolls: page.documentElement.scrollWidth > width,
       loaded: [...page.images].filter(one => one.naturalWidth > 0).length,
-      letters: Math.min(99, ...[...page.querySelectorAll('svg text')].map(one => 12 * one.getScreenCTM().a)),
+      letters: Math.min(99, ...[...page.querySelectorAll('svg text')].map(one => {
+        const turn = one.getScreenCTM();
+        return 12 * Math.hypot(turn.a, turn.b);
+      })),
       halves: sections.filter(([, ends]) => ends.length && Math.max(...ends) < width / 2).map(([name]) => name),
     };
   });

@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     index = CocoIndex.read(config.data.split("train")[0])
     if config.train.resume:
         run = Path(rest[0])
-        model, _ = read_detector(run / "best.pt" if run.is_dir() else run)
+        model, info = read_detector(run / "best.pt" if run.is_dir() else run)
+        index = index.with_categories(np.array(info.category_ids), info.class_names)
     else:
         config, model = build_model(config, index.class_names, None)
     config.model = model.config
