@@ -50,7 +50,8 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 .matrix td { text-align: center; min-width: 2.2rem; padding: .2rem .3rem; }
 .matrix thead th { vertical-align: bottom; padding: .3rem .1rem; }
 .matrix thead span { writing-mode: vertical-rl; transform: rotate(180deg); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 9rem), 1fr)); gap: .8rem; margin: 1rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(9rem, 14%), 1fr)); gap: .8rem;
+  margin: 1rem 0; }
 .tile { background: var(--card); border-radius: 8px; padding: .7rem .9rem; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.2; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; margin: .8rem 0; }

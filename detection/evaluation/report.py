@@ -229,7 +229,7 @@ class Report:
         head = ["", "this", "other", "difference", "95% interval", "other is"]
         index = self.outcomes.index
         order = np.argsort(found.images, kind="stable")
-        ends = [*order[:5].tolist(), *order[-5:][::-1].tolist()]
+        ends = dict.fromkeys([*order[:5].tolist(), *order[-5:][::-1].tolist()])  # each once, where there are few
         images = [[index.file_name(i), f"{found.images[i]:+.2f}"] for i in ends if found.images[i]]
         return _section(
             f"Against {self.other}",
