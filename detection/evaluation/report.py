@@ -65,6 +65,7 @@ class Report:
         timing: speed, where the detector was run.
         comparison: with another table.
         other: what the other table is of, for the page.
+        other_outcomes: that table beside the same truth; None leaves out the images that differ most.
     """
 
     title: str
@@ -74,6 +75,7 @@ class Report:
     timing: EvaluationTiming | None = None
     comparison: Comparison | None = None
     other: str = ""
+    other_outcomes: Outcomes | None = None
 
     def html(self) -> bytes:
         """The page, UTF-8, without script and outside address."""
@@ -81,7 +83,7 @@ class Report:
         split = split_errors(self.outcomes)
         sections = [self._figures(), self._classes(curves), self._curves(curves), self._errors(split, curves)]
         if self.comparison is not None:
-            sections.insert(1, self._compared(self.comparison))
+            sections.insert(1, self._compared(self.comparison, curves))
         sections += [self._confusion(curves), self._calibration()]
         if self.images is not None:
             sections += [self._false_alarms(split, curves, self.images), self._misses(split, curves, self.images)]
@@ -214,7 +216,7 @@ class Report:
             pages.wide([chart, pages.table(["score", "detections", "mean score", "right"], rows)]),
         )
 
-    def _compared(self, found: Comparison) -> pages.Html:
+    def _compared(self, found: Comparison, curves: Sequence[ThresholdCurve]) -> pages.Html:
         rows = [
             [
                 d.name,
@@ -230,17 +232,44 @@ class Report:
         index = self.outcomes.index
         order = np.argsort(found.images, kind="stable")
         ends = dict.fromkeys([*order[:5].tolist(), *order[-5:][::-1].tolist()])  # each once, where there are few
-        images = [[index.file_name(i), f"{found.images[i]:+.2f}"] for i in ends if found.images[i]]
+        differing = [place for place in ends if found.images[place]]
+        rows_of_images = [[index.file_name(place), f"{found.images[place]:+.2f}"] for place in differing]
+        parts = [pages.table(head, rows)]
+        if differing:
+            parts.append(pages.section("Images that differ most", level=3))
+            parts.append(pages.table(["image", "F1 of the other less this"], rows_of_images))
+            parts += self._three(differing, found, curves)
         return _section(
             f"Against {self.other}",
             f"95 per cent intervals of the difference from {found.resamples} resamples of the images, the same for both. An "
             f"interval with 0 in it shows no difference. F1 is better in {(found.images > 0).sum()} images, worse in "
             f"{(found.images < 0).sum()}, equal in {(found.images == 0).sum()} (IoU 0.5, scores from 0.25).",
-            pages.table(head, rows),
-            pages.section(
-                "Images that differ most", pages.table(["image", "F1 of the other less this"], images), level=3
-            ),
+            *parts,
         )
+
+    def _three(self, places: Sequence[int], found: Comparison, curves: Sequence[ThresholdCurve]) -> list[pages.Html]:
+        """Truth, this and the other in the images that differ most, three each way."""
+        if self.images is None or self.other_outcomes is None:
+            return []
+        index, other = self.outcomes.index, self.other_outcomes
+        limits, other_limits = _limits(curves), _limits(threshold_curves(other))
+        worse = [place for place in places if found.images[place] < 0][:3]
+        better = [place for place in places if found.images[place] > 0][:3]
+        shots = []
+        for place in [*worse, *better]:
+            small = self._small(place, self.images)
+            if small is None:
+                continue
+            sides = [
+                self._truth(place, *small),
+                self._found(self.outcomes, limits, place, *small),
+                self._found(other, other_limits, place, *small),
+            ]
+            caption = f"{index.file_name(place)}: F1 of the other {found.images[place]:+.2f}"
+            trio = image_grid(sides, columns=3, cell=_SHOT_SIDE)
+            shots.append(pages.figure(trio, caption, side=3 * _SHOT_SIDE))
+        note = "Left the truth, then this, then the other, each from its classes' best thresholds on."
+        return [pages.paragraph(note, class_="dim"), pages.wide(shots, large=True)]
 
     def _false_alarms(
         self, split: ErrorSplit, curves: Sequence[ThresholdCurve], images: DetectionDataset
@@ -300,28 +329,43 @@ class Report:
         images: DetectionDataset,
     ) -> list[pages.Html]:
         """The figure of a mistake; [] where its image cannot be read."""
-        index = self.outcomes.index
+        small = self._small(position, images)
+        if small is None:
+            return []
+        sides = [self._truth(position, *small), self._found(self.outcomes, _limits(curves), position, *small)]
+        for side in sides:
+            _frame(side, box * small[1])
+        pair = image_grid(sides, columns=2, cell=_SHOT_SIDE)
+        return [pages.figure(pair, f"{self.outcomes.index.file_name(position)}: {text}", side=2 * _SHOT_SIDE)]
+
+    def _small(self, position: int, images: DetectionDataset) -> tuple[NDArray[np.uint8], float] | None:
+        """An image at the size at which it is shown, and by how much it was scaled; None where it cannot be read."""
         try:
             image = images.image(position)
         except (UserError, OSError) as error:
             _log.warning("left out of the report: %s", error)
-            return []
+            return None
         scale = _SHOT_SIDE / max(image.shape[:2])
         size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-        small = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+        return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8), scale
+
+    def _truth(self, position: int, image: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
+        index = self.outcomes.index
         objects = index.objects(position)
-        found = self.outcomes.table.of_image(int(index.image_ids[position]), index.class_names)
-        limits = torch.from_numpy(_limits(curves))
-        found = found.above(limits)
-        found = replace(found, boxes=found.boxes * scale)
-        sides = [
-            draw_target(small, objects.boxes * np.float32(scale), objects.labels, index.class_names),
-            draw_detections(small, found),
-        ]
-        for side in sides:
-            _frame(side, box * scale)
-        pair = image_grid(sides, columns=2, cell=_SHOT_SIDE)
-        return [pages.figure(pair, f"{index.file_name(position)}: {text}", side=2 * _SHOT_SIDE)]
+        return draw_target(image, objects.boxes * np.float32(scale), objects.labels, index.class_names)
+
+    def _found(
+        self,
+        outcomes: Outcomes,
+        limits: NDArray[np.float64],
+        position: int,
+        image: NDArray[np.uint8],
+        scale: float,
+    ) -> NDArray[np.uint8]:
+        index = outcomes.index
+        found = outcomes.table.of_image(int(index.image_ids[position]), index.class_names)
+        found = found.above(torch.from_numpy(limits))
+        return draw_detections(image, replace(found, boxes=found.boxes * scale))
 
 
 def _frame(image: NDArray[np.uint8], box: NDArray[np.floating[Any]]) -> None:
