@@ -112,6 +112,7 @@ def test_faults_come_with_where_and_what(checked: Checked) -> None:
     assert f"train, good0.jpg, annotation 17: {sticks_out}" in text
     assert "small.jpg is 64 x 48, recorded are 128 x 96" in text
     assert "leaked.jpg is good7.jpg of train" in text
+    assert "    train: text.jpg: the image does not decode (15 bytes)" in text
     assert (
         "mirrored.jpg: orientation 2; boxes are taken to count the image as turned, which its size does not tell"
         in text
@@ -263,7 +264,7 @@ def test_categories_given_twice(tmp_path: Path) -> None:
     assert CocoIndex.read(fixed).labels.tolist() == [0, 1]
 
 
-def test_voc_folder_with_sizes_of_zero(tmp_path: Path) -> None:
+def test_voc_folder_with_sizes_of_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     xml = (
         "<annotation><size><width>{0}</width><height>{1}</height></size>"
         "<object><name>cat</name><bndbox><xmin>{2}</xmin><ymin>11</ymin><xmax>{3}</xmax><ymax>30</ymax></bndbox></object>"
@@ -280,6 +281,7 @@ def test_voc_folder_with_sizes_of_zero(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         main([str(tmp_path / "xml"), "--images", str(tmp_path / "images"), "--fix", str(out)])
     assert stop.value.code == 1
+    assert "1 x XML file without a size (0x0): the image's size written" in capsys.readouterr().out
     checked = check_splits(read_splits([tmp_path / "xml"], [tmp_path / "images"]))
     assert checked.counts() == {
         "broken-record": 1, "no-size-voc": 1, "annotation-without-image": 1, "box-without-area": 1, "class-rare": 1,

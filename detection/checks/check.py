@@ -206,7 +206,8 @@ def check_files(split: Split, table: FileTable) -> list[Finding]:
 
     for position, fault in table.faults.items():
         if not leads_outside(split.file_names[position]):
-            find(fault, position, table.messages[position])
+            name = split.file_names[position]
+            find(fault, position, table.messages[position].replace(str(split.image_path(position)), name))
     good = (table.sizes[:, 0] > 0) & ~np.isin(np.arange(len(split)), list(table.faults))
     for position, message in table.messages.items():
         if position not in table.faults:

@@ -131,7 +131,10 @@ def _mend(checked: Checked, split: Split, content: dict[str, Any]) -> tuple[dict
             seen.add(id_)
             categories.append(category)
     for finding in checked.findings:
-        if finding.split == split.number and finding.kind in ("duplicate-category", "broken-record"):
+        if finding.split != split.number:
+            continue
+        sized = finding.kind == "no-size-voc" and finding.image not in gone_images
+        if sized or finding.kind in ("duplicate-category", "broken-record"):
             note(finding.kind)
     return content | {"images": images, "annotations": annotations, "categories": categories}, changes
 
