@@ -38,7 +38,9 @@ pre code { padding: 0; }
 .error { color: var(--error); } .warning { color: var(--warning); } .good { color: var(--good); }
 .tag { display: inline-block; padding: 0 .5em; border: 1px solid currentColor; border-radius: 1em; font-size: .8rem;
   font-weight: 600; vertical-align: middle; white-space: nowrap; }
-.scroll { overflow: auto; max-height: 48rem; }
+.scroll { overflow-x: auto; }
+.scroll.long { overflow: auto; max-height: 48rem; }
+ul { columns: 22rem; column-gap: 2.4rem; }
 table { border-collapse: collapse; margin: .6rem 0; width: 100%; max-width: 80rem; font-size: .93rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
@@ -56,6 +58,11 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.2; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; margin: .8rem 0; }
 .wide { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem 2.4rem; }
+.mixed { columns: 26rem; column-gap: 2.4rem; }
+.mixed > * { break-inside: avoid; margin: 0 0 1.2rem; }
+.few { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 36rem), 1fr)); gap: 1rem 2.4rem; margin: .8rem 0; }
+.few figure { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; }
+.few figcaption { flex: 1 1 14rem; font-size: .95rem; }
 .wide.large { grid-template-columns: repeat(auto-fit, minmax(min(100%, 36rem), 1fr)); }
 .wide > * { min-width: 0; }
 figure { margin: 0; min-width: 0; }
@@ -69,6 +76,7 @@ summary { cursor: pointer; color: var(--accent); }
 """.strip()
 
 
+_LONG = 25  # rows from which on a table scrolls in itself
 _NUMBER = re.compile(r"[-+]?[\d.,]+( ?[%x])?|-")
 
 
@@ -167,7 +175,7 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
 
     head = element("thead", line("th", header))
     body = element("tbody", *(line("td", row) for row in written))
-    return element("div", element("table", head, body), class_="scroll")
+    return element("div", element("table", head, body), class_="scroll long" if len(written) > _LONG else "scroll")
 
 
 def _written(cell: object) -> object:
@@ -200,8 +208,9 @@ def figure(image: NDArray[np.uint8], caption: object = "", alt: str = "", side: 
 
 
 def gallery(figures: Iterable[Html]) -> Html:
-    """Figures side by side, as many in a row as fit."""
-    return element("div", *figures, class_="gallery")
+    """Figures side by side, as many in a row as fit; one or two with their captions beside them."""
+    figures = list(figures)
+    return element("div", *figures, class_="few" if len(figures) <= 2 else "gallery")
 
 
 def wide(parts: Iterable[Html], large: bool = False) -> Html:
@@ -212,6 +221,11 @@ def wide(parts: Iterable[Html], large: bool = False) -> Html:
         large: at most two in a row.
     """
     return element("div", *parts, class_="wide large" if large else "wide")
+
+
+def mixed(parts: Iterable[Html]) -> Html:
+    """Charts and tables of different height, in columns as high as each other where there is room."""
+    return element("div", *parts, class_="mixed")
 
 
 def beside(parts: Iterable[Html]) -> Html:
