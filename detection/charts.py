@@ -42,7 +42,7 @@ def column_chart(title: str, labels: Sequence[str], values: Sequence[float], not
     for number, (label, value) in enumerate(zip(labels, values, strict=True)):
         x, tall = number * step, (height - bottom - top - 16) * value / most
         y = height - bottom - tall
-        said = f"{value:,.0f}{unit}" if value >= 10 or value == int(value) else f"{value:.2g}{unit}"
+        said = _said(value, unit)
         parts.append(
             f'<rect x="{x + step * 0.1:.1f}" y="{y:.1f}" width="{step * 0.8:.1f}" height="{max(tall, 0.5):.1f}" '
             f'fill="var(--accent)"><title>{html.escape(label)}: {said}</title></rect>'
@@ -62,7 +62,7 @@ def bar_chart(title: str, labels: Sequence[str], values: Sequence[float], note: 
     parts = [_svg_text(0, 14, title, anchor="start", weight="600")]
     for number, (label, value) in enumerate(zip(labels, values, strict=True)):
         y, wide = 26 + number * row, (width - left - 60) * value / most
-        said = f"{value:,.0f}{unit}" if value >= 10 or value == int(value) else f"{value:.2g}{unit}"
+        said = _said(value, unit)
         short = label if len(label) <= 20 else label[:19] + "…"
         parts.append(_svg_text(left - 8, y + 14, short, anchor="end"))
         parts.append(
@@ -156,6 +156,13 @@ def matrix_table(matrix: NDArray[np.int64], rows: Sequence[str], columns: Sequen
         lines.append(element("tr", element("th", name), *cells))
     table = element("table", element("thead", head), element("tbody", join(lines)))
     return element("div", table, class_="matrix")
+
+
+def _said(value: float, unit: str) -> str:
+    """A count, a share in per cent or a figure such as AP, for people."""
+    if value >= 10 or value == int(value):
+        return f"{value:,.0f}{unit}"
+    return f"{value:.1f}{unit}" if unit else f"{value:.3f}"
 
 
 def _svg_text(x: float, y: float, text: str, anchor: str = "middle", weight: str = "400") -> str:

@@ -237,8 +237,8 @@ class Report:
         parts = [pages.table(head, rows)]
         if differing:
             parts.append(pages.section("Images that differ most", level=3))
-            parts.append(pages.table(["image", "F1 of the other less this"], rows_of_images))
-            parts += self._three(differing, found, curves)
+            shown = self._three(differing, found, curves)
+            parts += shown or [pages.table(["image", "F1 of the other less this"], rows_of_images)]
         return _section(
             f"Against {self.other}",
             f"95 per cent intervals of the difference from {found.resamples} resamples of the images, the same for both. An "
