@@ -110,11 +110,11 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     assert "best AP" in text
     assert "0.250" in text
     assert read_image(curves).shape[2] == 3
-    assert text.count("<img ") == 6  # losses, validation, rate, positives, those of an object, waiting
+    assert text.count("<img ") == 5  # losses, validation, rate, positives, waiting
     if CHROMIUM is not None:
         for look in look_at(report, tmp_path):
             assert not look.scrolls, look
-            assert look.loaded == 6
+            assert look.loaded == 5
             assert look.halves == []
 
 
