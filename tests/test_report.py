@@ -54,6 +54,8 @@ def test_the_page_is_whole_and_closed(page: Path) -> None:
     assert "right place, wrong class" in text
     assert text.count("data:image/jpeg") == 4  # two false alarms, one miss, one image in which the other differs
     assert "Against" in text
+    taken = r"<td>&lt;cat&gt;</td><td>dog &amp; co</td><td class=\"number\">1</td><td class=\"number\">50 %</td>"
+    assert re.search(taken, text)  # one of two cats is called a dog
 
 
 def test_a_page_without_detections(page: Path, tmp_path: Path) -> None:

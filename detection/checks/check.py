@@ -110,9 +110,8 @@ class Checked:
             plain |= {"image": split.file_names[finding.image], "image_id": int(split.image_ids[finding.image])}
         if finding.record is not None:
             plain["annotation_id"] = int(split.annotation_ids[finding.record])
-            plain["box"] = split.xywh[
-                finding.record
-            ].tolist()  # left, top, width, height as recorded; null where not finite
+            # Left, top, width, height as recorded; null where a number is not finite.
+            plain["box"] = split.xywh[finding.record].tolist()
         if finding.other is not None:
             number, position = finding.other
             plain["other"] = {"split": self.splits[number].name, "image": self.splits[number].file_names[position]}
