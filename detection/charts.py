@@ -34,7 +34,7 @@ def column_chart(title: str, labels: Sequence[str], values: Sequence[float], not
         note: below the chart.
         unit: behind each value, for example "%".
     """
-    width, height, bottom, top = 520, 220, 34, 30
+    width, height, bottom, top = 440, 220, 34, 30
     most = max([*values, 0]) or 1
     step = width / max(len(values), 1)
     parts = [_svg_text(0, 14, title, anchor="start", weight="600")]
@@ -42,7 +42,7 @@ def column_chart(title: str, labels: Sequence[str], values: Sequence[float], not
     for number, (label, value) in enumerate(zip(labels, values, strict=True)):
         x, tall = number * step, (height - bottom - top - 16) * value / most
         y = height - bottom - tall
-        said = f"{value:,.0f}{unit}" if value >= 10 or value == int(value) else f"{value:.2g}{unit}"
+        said = _said(value, unit)
         parts.append(
             f'<rect x="{x + step * 0.1:.1f}" y="{y:.1f}" width="{step * 0.8:.1f}" height="{max(tall, 0.5):.1f}" '
             f'fill="var(--accent)"><title>{html.escape(label)}: {said}</title></rect>'
@@ -57,13 +57,13 @@ def column_chart(title: str, labels: Sequence[str], values: Sequence[float], not
 
 def bar_chart(title: str, labels: Sequence[str], values: Sequence[float], note: object = "", unit: str = "") -> Html:
     """Bars beside their labels, one below the other: for names rather than steps. Arguments as for ``column_chart``."""
-    width, row, left = 520, 22, 170
+    width, row, left = 440, 22, 150
     most = max([*values, 0]) or 1
     parts = [_svg_text(0, 14, title, anchor="start", weight="600")]
     for number, (label, value) in enumerate(zip(labels, values, strict=True)):
-        y, wide = 26 + number * row, (width - left - 70) * value / most
-        said = f"{value:,.0f}{unit}" if value >= 10 or value == int(value) else f"{value:.2g}{unit}"
-        short = label if len(label) <= 24 else label[:23] + "…"
+        y, wide = 26 + number * row, (width - left - 60) * value / most
+        said = _said(value, unit)
+        short = label if len(label) <= 20 else label[:19] + "…"
         parts.append(_svg_text(left - 8, y + 14, short, anchor="end"))
         parts.append(
             f'<rect x="{left}" y="{y + 3}" width="{max(wide, 0.5):.1f}" height="{row - 6}" fill="var(--accent)">'
@@ -74,20 +74,20 @@ def bar_chart(title: str, labels: Sequence[str], values: Sequence[float], note: 
 
 
 def heat_map(title: str, counts: NDArray[np.floating] | NDArray[np.integer], note: object = "") -> Html:
-    """A table of numbers [rows, columns] as a map from pale (0) to strong (the most)."""
+    """A table of numbers [rows, columns] as a map from pale (0) to strong (the most), twice as wide as high."""
     rows, columns = counts.shape
-    width, top = 260, 24
-    cell = width / columns
+    width, height, top = 440, 220, 24
+    across, down = width / columns, height / rows
     most = float(counts.max(initial=0)) or 1.0
     parts = [_svg_text(0, 14, title, anchor="start", weight="600")]
     parts += [
-        f'<rect x="{x * cell:.2f}" y="{top + y * cell:.2f}" width="{cell + 0.2:.2f}" height="{cell + 0.2:.2f}" '
+        f'<rect x="{x * across:.2f}" y="{top + y * down:.2f}" width="{across + 0.2:.2f}" height="{down + 0.2:.2f}" '
         f'fill="var(--accent)" fill-opacity="{counts[y, x] / most:.3f}"/>'
         for y in range(rows)
         for x in range(columns)
     ]
-    parts.append(f'<rect x="0" y="{top}" width="{width}" height="{rows * cell:.1f}" fill="none" stroke="var(--line)"/>')
-    return _svg_figure(width * 2, top + rows * cell + 6, parts, title, note)
+    parts.append(f'<rect x="0" y="{top}" width="{width}" height="{height}" fill="none" stroke="var(--line)"/>')
+    return _svg_figure(width, top + height + 6, parts, title, note)
 
 
 def line_chart(
@@ -156,6 +156,13 @@ def matrix_table(matrix: NDArray[np.int64], rows: Sequence[str], columns: Sequen
         lines.append(element("tr", element("th", name), *cells))
     table = element("table", element("thead", head), element("tbody", join(lines)))
     return element("div", table, class_="matrix")
+
+
+def _said(value: float, unit: str) -> str:
+    """A count, a share in per cent or a figure such as AP, for people."""
+    if value >= 10 or value == int(value):
+        return f"{value:,.0f}{unit}"
+    return f"{value:.1f}{unit}" if unit else f"{value:.3f}"
 
 
 def _svg_text(x: float, y: float, text: str, anchor: str = "middle", weight: str = "400") -> str:

@@ -38,24 +38,36 @@ pre code { padding: 0; }
 .error { color: var(--error); } .warning { color: var(--warning); } .good { color: var(--good); }
 .tag { display: inline-block; padding: 0 .5em; border: 1px solid currentColor; border-radius: 1em; font-size: .8rem;
   font-weight: 600; vertical-align: middle; white-space: nowrap; }
-.scroll { overflow: auto; max-height: 48rem; }
-table { border-collapse: collapse; margin: .6rem 0; font-size: .93rem; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; }
+.scroll.long { overflow: auto; max-height: 48rem; }
+ul { columns: 22rem; column-gap: 2.4rem; }
+table { border-collapse: collapse; margin: .6rem 0; width: 100%; max-width: 80rem; font-size: .93rem;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--dim); font-weight: 600; white-space: nowrap; }
 td.number, th.number { text-align: right; white-space: nowrap; }
+.beside { display: flex; flex-wrap: wrap; gap: 0 2.4rem; align-items: flex-start; }
+.beside > * { flex: 1 1 auto; min-width: min(100%, 18rem); max-width: 100%; }
 .matrix { overflow-x: auto; }
 .matrix td { text-align: center; min-width: 2.2rem; padding: .2rem .3rem; }
 .matrix thead th { vertical-align: bottom; padding: .3rem .1rem; }
 .matrix thead span { writing-mode: vertical-rl; transform: rotate(180deg); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 9rem), 1fr)); gap: .8rem; margin: 1rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(9rem, 14%), 1fr)); gap: .8rem;
+  margin: 1rem 0; }
 .tile { background: var(--card); border-radius: 8px; padding: .7rem .9rem; }
 .tile b { display: block; font-size: 1.5rem; line-height: 1.2; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)); gap: 1rem; margin: .8rem 0; }
-.wide { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem; }
+.wide { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem 2.4rem; }
+.mixed { columns: 26rem; column-gap: 2.4rem; }
+.mixed > * { break-inside: avoid; margin: 0 0 1.2rem; }
+.few { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 36rem), 1fr)); gap: 1rem 2.4rem; margin: .8rem 0; }
+.few figure { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; }
+.few figcaption { flex: 1 1 14rem; font-size: .95rem; }
+.wide.large { grid-template-columns: repeat(auto-fit, minmax(min(100%, 36rem), 1fr)); }
 .wide > * { min-width: 0; }
 figure { margin: 0; min-width: 0; }
 figure img { display: block; max-width: 100%; max-height: 26rem; height: auto; border-radius: 6px; background: var(--card); }
-figure img.whole { max-height: none; background: #fff; }
+figure img.whole { width: 100%; max-height: none; background: #fff; }
 figure svg { display: block; width: 100%; max-width: 40rem; height: auto; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem .9rem; font-size: .86rem; }
 .legend i { display: inline-block; width: .8em; height: .8em; margin-right: .35em; border-radius: 2px; }
@@ -64,6 +76,7 @@ summary { cursor: pointer; color: var(--accent); }
 """.strip()
 
 
+_LONG = 25  # rows from which on a table scrolls in itself
 _NUMBER = re.compile(r"[-+]?[\d.,]+( ?[%x])?|-")
 
 
@@ -162,7 +175,7 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> Html:
 
     head = element("thead", line("th", header))
     body = element("tbody", *(line("td", row) for row in written))
-    return element("div", element("table", head, body), class_="scroll")
+    return element("div", element("table", head, body), class_="scroll long" if len(written) > _LONG else "scroll")
 
 
 def _written(cell: object) -> object:
@@ -195,17 +208,33 @@ def figure(image: NDArray[np.uint8], caption: object = "", alt: str = "", side: 
 
 
 def gallery(figures: Iterable[Html]) -> Html:
-    """Figures side by side, as many in a row as fit."""
-    return element("div", *figures, class_="gallery")
+    """Figures side by side, as many in a row as fit; one or two with their captions beside them."""
+    figures = list(figures)
+    return element("div", *figures, class_="few" if len(figures) <= 2 else "gallery")
 
 
-def wide(parts: Iterable[Html]) -> Html:
-    """Charts, tables or figures side by side where there is room, in wider cells than those of ``gallery``."""
-    return element("div", *parts, class_="wide")
+def wide(parts: Iterable[Html], large: bool = False) -> Html:
+    """Charts, tables or figures side by side where there is room, in wider cells than those of ``gallery``.
+
+    Args:
+        parts: as many in a row as fit, of one width.
+        large: at most two in a row.
+    """
+    return element("div", *parts, class_="wide large" if large else "wide")
+
+
+def mixed(parts: Iterable[Html]) -> Html:
+    """Charts and tables of different height, in columns as high as each other where there is room."""
+    return element("div", *parts, class_="mixed")
+
+
+def beside(parts: Iterable[Html]) -> Html:
+    """Parts in a row, each as wide as it needs to be and growing into what is left; below each other where there is no room."""
+    return element("div", *parts, class_="beside")
 
 
 def png_figure(png: bytes, alt: str) -> Html:
-    """A PNG file inside the page, as wide as there is room."""
+    """A PNG file inside the page, as wide as its cell."""
     address = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     return element("figure", Html(f'<img class="whole" src="{address}" alt="{html.escape(alt)}">'))
 

@@ -22,6 +22,7 @@ from detection.evaluation.errors import (
     calibration,
     confusion,
     resampled_ap,
+    shown_errors,
     split_errors,
     threshold_curves,
 )
@@ -103,6 +104,24 @@ def test_what_errors_cost(tmp_path: Path) -> None:
     assert counts == {"background": 1, "class": 1}
     # AP50 is 0.25. Without the background cat rises to 1; with its class mended dog rises to 1.
     assert costs == {"background": 0.25, "class": 0.5}
+
+
+def test_errors_that_a_user_sees(tmp_path: Path) -> None:
+    rows = [
+        (0, 0, 0.9, CAT), (0, 0, 0.4, DOG), (0, 0, 0.3, (80.0, 0.0, 100.0, 20.0)), (0, 1, 0.2, (80.0, 80.0, 90.0, 90.0)),
+    ]  # fmt: skip
+    outcomes = Outcomes.of(index_of(tmp_path, (0, 0, CAT), (0, 1, DOG)), table_of(*rows))
+    split = split_errors(outcomes)
+
+    def seen(cat: float, dog: float) -> dict[str, int]:
+        return {k: v for k, v in shown_errors(outcomes, split, np.array([cat, dog])).items() if v}
+
+    assert seen(0, 0) == {kind: count for kind, count in split.counts.items() if count} == {"class": 1, "background": 2}
+    assert seen(0.35, 0.35) == {"class": 1}  # the dog is called a cat, so it is not missed
+    assert seen(0.5, 0) == {"background": 1, "missed": 1}  # without that error the dog is
+    assert seen(0.95, 0.95) == {"missed": 2}
+    empty = Outcomes.of(outcomes.index, table_of())
+    assert shown_errors(empty, split_errors(empty), np.zeros(2))["missed"] == 2
 
 
 def test_only_the_best_error_about_an_object_becomes_right(tmp_path: Path) -> None:

@@ -5,11 +5,19 @@ import numpy as np
 import pytest
 import torch
 
+from backbones.errors import UserError
 from detection.checks.sheets import Assigned, describe_assignment, positives_of_objects
 from detection.cli.inspect import main
+from detection.cli.recipes import load_config, read_recipe
+from detection.data.coco import CocoIndex
 from detection.data.drawn import draw_detection_set
+from detection.engine.checkpoint import save_checkpoint
+from detection.engine.plain import to_plain
+from detection.models.build import build_detector
 from detection.structures import Batch
 from detection.training.assignment import Assignment
+from detection.training.config import DetectionConfig
+from detection.weights.info import DetectorInfo
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +74,37 @@ def test_wrong_numbers_are_refused(drawn: list[str]) -> None:
         with pytest.raises(SystemExit) as stop:
             main(["finetune:ssdlite", *drawn, *wrong])
         assert stop.value.code == 2
+
+
+def test_a_checkpoint_of_a_run_says_what_it_was_trained_on(drawn: list[str], tmp_path: Path) -> None:
+    config: DetectionConfig = read_recipe("finetune:litedet")()
+    config.model = config.model.replaced(input_size=(96, 128))
+    config.data.train.annotations, config.data.train.images = Path(drawn[1]), Path(drawn[3])
+    torch.manual_seed(0)
+    names = CocoIndex.read(Path(drawn[1])).class_names
+    model = build_detector(config.model, len(names))
+    info = DetectorInfo(
+        model=config.model, postprocess=config.postprocess, class_names=names, category_ids=tuple(range(len(names)))
+    )
+    content = {
+        "weights": model.state_dict(),
+        "extra": {"detector": info.to_plain()},
+        "epoch": 1,
+        "step": 1,
+        "metrics": {},
+    }
+    save_checkpoint(tmp_path / "best.pt", {**content, "config": to_plain(config)})
+    main([str(tmp_path / "best.pt"), "--out", str(tmp_path / "out"), "--num-images", "2"])
+    sheet = cv2.imread(str(tmp_path / "out" / "assignment.jpg"))
+    assert sheet.shape == (480, 2 * 640 + 4, 3)
+    other = {
+        **content,
+        "config": to_plain(config),
+        "extra": {"detector": {**info.to_plain(), "class_names": ["a"], "category_ids": [1]}},
+    }
+    save_checkpoint(tmp_path / "other.pt", {**other, "weights": build_detector(config.model, 1).state_dict()})
+    with pytest.raises(SystemExit) as stop:  # its classes are not those of the file
+        main([str(tmp_path / "other.pt"), "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    with pytest.raises(UserError, match=r"gone on with from its last\.pt"):  # a training needs more than that
+        load_config([str(tmp_path / "best.pt")], "", DetectionConfig, DetectionConfig.from_plain)

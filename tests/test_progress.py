@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from detection.engine import log as progress
+from detection.engine import progress
 from detection.engine.log import Meter, Reading, RunLog, describe, epoch_record, with_wait
 from detection.engine.runtime import Runtime
 
@@ -169,3 +169,37 @@ def test_other_processes_write_nothing(tmp_path: Path, caplog: pytest.LogCapture
         write_epoch(tmp_path, runtime=Runtime(device=torch.device("cpu"), rank=1, world_size=2))
     assert not list(tmp_path.iterdir())
     assert caplog.messages == []
+
+
+def bar_of(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, **options: Any) -> str:
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert list(progress.progress_bar(range(4), desc="images", unit="image", **options)) == [0, 1, 2, 3]
+    return stream.getvalue()
+
+
+def test_a_pipe_gets_nothing_of_what_is_soon_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bar_of(io.StringIO(), monkeypatch) == ""
+    assert list(progress.progress_bar([], desc="images", unit="image")) == []
+
+
+def test_a_pipe_gets_whole_lines_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 1e-9)
+    shown = bar_of(io.StringIO(), monkeypatch)
+    assert "\r" not in shown
+    assert [line.split("[")[0] for line in shown.splitlines()] == [
+        "images:  25% 1/4 ", "images:  50% 2/4 ", "images:  75% 3/4 ", "images: 100% 4/4 ", "images: 100% 4/4 ",
+    ]  # fmt: skip
+    assert bar_of(io.StringIO(), monkeypatch, lines=False) == ""
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    shown = bar_of(terminal, monkeypatch)
+    assert shown.startswith("\rimages:   0%|")
+    assert "4/4" in shown
+
+
+def test_no_stderr_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    assert list(progress.progress_bar([1], desc="images", unit="image")) == [1]

@@ -3,12 +3,11 @@
 import json
 import math
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, look_at, needs_chromium
 
 from backbones.errors import UserError
 from detection import charts
@@ -53,8 +52,10 @@ def test_the_page_is_whole_and_closed(page: Path) -> None:
     assert not re.search(r"https?://|<script|<link", text)
     assert "nothing there" in text  # the false alarm of 0.8
     assert "right place, wrong class" in text
-    assert text.count("data:image/jpeg") == 3  # two false alarms, one miss
+    assert text.count("data:image/jpeg") == 4  # two false alarms, one miss, one image in which the other differs
     assert "Against" in text
+    taken = r"<td>&lt;cat&gt;</td><td>dog &amp; co</td><td class=\"number\">1</td><td class=\"number\">50 %</td>"
+    assert re.search(taken, text)  # one of two cats is called a dog
 
 
 def test_a_page_without_detections(page: Path, tmp_path: Path) -> None:
@@ -66,20 +67,15 @@ def test_a_page_without_detections(page: Path, tmp_path: Path) -> None:
     assert "COCO" in (tmp_path / "e" / "report.html").read_text()
 
 
-def test_the_page_in_a_browser(page: Path, tmp_path: Path) -> None:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium here; apt-get install chromium")
-    picture = tmp_path / "shot.png"
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    subprocess.run(
-        [*command, "--window-size=500,3000", f"--screenshot={picture}", page.as_uri()],
-        check=True, capture_output=True, timeout=120,
-    )  # fmt: skip
-    image = read_image(picture)
-    assert image.shape[1] == 500
-    blue = (np.abs(image.astype(int) - np.array([0x2F, 0x6F, 0xDE])).sum(2) < 12).sum()
-    assert blue > 500  # the charts are drawn
+@needs_chromium
+def test_the_page_fits_a_desk_and_a_telephone(page: Path, tmp_path: Path) -> None:
+    desk, telephone = look_at(page, tmp_path)
+    assert (desk.width, telephone.width) == (1400, 400)
+    for look in (desk, telephone):
+        assert not look.scrolls, look
+        assert look.loaded == 4
+        assert look.letters > 9, look
+    assert desk.halves == []
 
 
 def test_charts() -> None:
@@ -116,6 +112,12 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     assert "best AP" in text
     assert "0.250" in text
     assert read_image(curves).shape[2] == 3
+    assert text.count("<img ") == 5  # losses, validation, rate, positives, waiting
+    if CHROMIUM is not None:
+        for look in look_at(report, tmp_path):
+            assert not look.scrolls, look
+            assert look.loaded == 5
+            assert look.halves == []
 
 
 def test_range_test_suggests_a_tenth_of_the_lowest() -> None:

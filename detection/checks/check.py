@@ -110,6 +110,8 @@ class Checked:
             plain |= {"image": split.file_names[finding.image], "image_id": int(split.image_ids[finding.image])}
         if finding.record is not None:
             plain["annotation_id"] = int(split.annotation_ids[finding.record])
+            # Left, top, width, height as recorded; null where a number is not finite.
+            plain["box"] = split.xywh[finding.record].tolist()
         if finding.other is not None:
             number, position = finding.other
             plain["other"] = {"split": self.splits[number].name, "image": self.splits[number].file_names[position]}
@@ -203,7 +205,8 @@ def check_files(split: Split, table: FileTable) -> list[Finding]:
 
     for position, fault in table.faults.items():
         if not leads_outside(split.file_names[position]):
-            find(fault, position, table.messages[position])
+            name = split.file_names[position]
+            find(fault, position, table.messages[position].replace(str(split.image_path(position)), name))
     good = (table.sizes[:, 0] > 0) & ~np.isin(np.arange(len(split)), list(table.faults))
     for position, message in table.messages.items():
         if position not in table.faults:

@@ -200,7 +200,7 @@ def _findings(
             if number != other_number:
                 text += f" of {before.name}"
             if distances is not None:
-                text += f" ({distances[row]} of 128 bits differ)"
+                text += f" ({100 * (1 - distances[row] / 128):.0f} % alike)"
             findings.append(
                 Finding(
                     kind=kinds[number != other_number],

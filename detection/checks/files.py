@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,9 +22,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from backbones.errors import UserError
+from detection.engine.progress import progress_bar
 from detection.images.decode import (
     MAX_PIXELS,
     EncodedImage,
@@ -177,14 +176,7 @@ def look_at_files(
         UserError: a worker process was killed.
     """
     table = FileTable.empty(len(paths))
-    bar = tqdm(
-        total=len(paths),
-        desc="images" if pixels else "headers",
-        unit="image",
-        leave=False,
-        dynamic_ncols=True,
-        disable=not sys.stderr.isatty(),
-    )
+    bar = progress_bar(total=len(paths), desc="images" if pixels else "headers", unit="image", leave=False)
     if workers is None:
         workers = (os.cpu_count() or 1) if len(paths) >= _WORKERS_FROM else 0
     with bar:

@@ -207,7 +207,7 @@ def fit_detector(split: Split, config: DetectorConfig, threshold: float = 0.5) -
                 stride,
                 f"{2 * (config.bins - 1 + config.first_bin) * stride:.0f} px",
                 share(ious[:, n] >= _REACH),
-                float(np.median(points[:, n])),
+                f"{np.median(points[:, n]):g}",
                 share(best == n),
             )
             for n, stride in enumerate(strides)

@@ -12,19 +12,18 @@ Letters in shapes: N labels of an image, D detections.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from backbones.errors import UserError
 from detection.checks.check import Checked
 from detection.checks.findings import Finding
 from detection.checks.report import read_shown
 from detection.checks.split import Split
+from detection.engine.progress import progress_bar
 from detection.inference.predictor import Predictor, load_detector
 from detection.structures import Detections
 
@@ -78,10 +77,7 @@ def _by_image(split: Split) -> dict[int, NDArray[np.int64]]:
 
 def _detect(checked: Checked, split: Split, detector: Predictor) -> Iterable[tuple[int, Detections]]:
     waiting: list[tuple[int, NDArray[np.uint8]]] = []
-    bar = tqdm(
-        range(len(split)), desc=f"detection in {split.name}", unit="image", leave=False, dynamic_ncols=True,
-        disable=not sys.stderr.isatty(),
-    )  # fmt: skip
+    bar = progress_bar(range(len(split)), desc=f"detection in {split.name}", unit="image", leave=False)
     for position in bar:
         image = read_shown(checked, split.number, position)
         if image is not None:

@@ -94,7 +94,7 @@ def _mend(checked: Checked, split: Split, content: dict[str, Any]) -> tuple[dict
 
     label_ids = split.category_ids.tolist()
     annotations = []
-    taken = set(split.annotation_ids.tolist())
+    next_id = int(split.annotation_ids.max(initial=0)) + 1
     for row, place in enumerate(split.places.tolist()):
         record, position = content["annotations"][place], int(split.images[row])
         if row in gone_records:
@@ -107,8 +107,7 @@ def _mend(checked: Checked, split: Split, content: dict[str, Any]) -> tuple[dict
         if position in joined:
             record["image_id"] = int(split.image_ids[joined[position]])
         if row in new_ids:
-            record["id"] = max(taken) + 1
-            taken.add(record["id"])
+            record["id"], next_id = next_id, next_id + 1
             note("duplicate-annotation-id")
         if record["category_id"] != label_ids[split.labels[row]]:
             record["category_id"] = label_ids[split.labels[row]]
@@ -132,7 +131,10 @@ def _mend(checked: Checked, split: Split, content: dict[str, Any]) -> tuple[dict
             seen.add(id_)
             categories.append(category)
     for finding in checked.findings:
-        if finding.split == split.number and finding.kind in ("duplicate-category", "broken-record"):
+        if finding.split != split.number:
+            continue
+        sized = finding.kind == "no-size-voc" and finding.image not in gone_images
+        if sized or finding.kind in ("duplicate-category", "broken-record"):
             note(finding.kind)
     return content | {"images": images, "annotations": annotations, "categories": categories}, changes
 

@@ -7,6 +7,7 @@ Letters in shapes: I images, N boxes (annotation records).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 
@@ -37,14 +38,18 @@ def check_boxes(split: Split) -> list[Finding]:
         inner_width = np.minimum(left + width, columns) - np.maximum(left, 0)
         inner_height = np.minimum(top + height, rows) - np.maximum(top, 0)
         covers = known & (inner_width * inner_height >= _COVERS * columns * rows) & ~split.crowd
+
+    def of_image(record: int) -> str:
+        return f"; the image is {columns[record]} x {rows[record]}"
+
     rules: tuple[tuple[str, NDArray[np.bool_], Callable[[int], str]], ...] = (
         ("box-not-finite", broken, lambda n: ""),
         ("box-inverted", inverted, lambda n: ""),
         ("box-without-area", flat, lambda n: ""),
-        ("box-outside", outside, lambda n: f"; the image is {columns[n]} x {rows[n]}"),
+        ("box-outside", outside, of_image),
         ("box-below-pixel", tiny, lambda n: ""),
-        ("box-sticks-out", sticks_out, lambda n: f" sticks out by {excess[n]:.1f} pixels; the image is {columns[n]} x {rows[n]}"),
-        ("box-covers-image", covers, lambda n: f" covers all of {columns[n]} x {rows[n]}"),
+        ("box-sticks-out", sticks_out, lambda n: f", sticks out by {as_read(excess[n])} pixels{of_image(n)}"),
+        ("box-covers-image", covers, lambda n: f", covers all of {columns[n]} x {rows[n]}"),
     )  # fmt: skip
     findings: list[Finding] = []
     unjudged = np.ones(len(left), np.bool_)
@@ -64,12 +69,12 @@ def check_repeats(split: Split) -> list[Finding]:
     findings = []
     for record in np.flatnonzero(same_class >= 0).tolist():
         other = split.annotation_ids[same_class[record]]
-        text = f"{_box(split, record)} is that of annotation {other} of the same class"
+        text = f"{_box(split, record)}, is that of annotation {other} of the same class"
         findings.append(_of_record(split, "box-twice", record, text))
     for record in np.flatnonzero((same_box >= 0) & (same_class < 0)).tolist():
         first = int(same_box[record])
         text = (
-            f"{_box(split, record)} is {split.class_name(record)} here and {split.class_name(first)} in annotation "
+            f"{_box(split, record)}, is {split.class_name(record)} here and {split.class_name(first)} in annotation "
             f"{split.annotation_ids[first]}"
         )
         findings.append(_of_record(split, "box-two-classes", record, text))
@@ -140,7 +145,7 @@ def check_classes(splits: Sequence[Split]) -> list[Finding]:
                 text = f"{name!r} has {count} object{'s' if count > 1 else ''}"
                 findings.append(Finding(kind="class-rare", split=split.number, message=text))
             if split is not splits[0] and count and name not in splits[0].class_names:
-                text = f"{name!r} has {count} objects here and is no class of {splits[0].name}"
+                text = f"{name!r} has {count} object{'s' if count > 1 else ''} here and is no class of {splits[0].name}"
                 findings.append(Finding(kind="class-not-learnt", split=split.number, message=text))
     return findings
 
@@ -156,5 +161,14 @@ def _of_record(split: Split, kind: str, record: int, message: str) -> Finding:
 
 
 def _box(split: Split, record: int) -> str:
-    numbers = ", ".join(f"{number:.6g}" for number in split.xywh[record].tolist())
-    return f"{split.class_name(record)}: left, top, width, height = {numbers}"
+    left, top, width, height = map(as_read, split.xywh[record].tolist())
+    return f"{split.class_name(record)}, {width} x {height} pixels at left {left}, top {top}"
+
+
+def as_read(pixels: float) -> str:
+    """A length for people: whole pixels, below ten with one digit behind the point, below one with two that count."""
+    if not math.isfinite(pixels) or abs(pixels) >= 1e6:
+        return f"{pixels:.3g}"
+    if abs(pixels) < 1:
+        return f"{pixels:.2g}"
+    return f"{pixels:.0f}" if abs(pixels) >= 10 else f"{pixels:.1f}".removesuffix(".0")

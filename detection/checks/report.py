@@ -189,14 +189,15 @@ def _contents(checked: Checked, split: Split) -> pages.Html:
     edges = [0, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.0001]
     figures.append(
         _histogram(
-            "Size of objects", sides, edges, [f"{low:.0%}–{high:.0%}" for low, high in pairwise(edges)],
-            "square root of the box's area, as a share of the image's",
+            "Size of objects", sides, edges, [f"{100 * low:.0f}–{100 * high:.0f}" for low, high in pairwise(edges)],
+            "square root of the box's area, in per cent of the image's",
         )
     )  # fmt: skip
     ratios = boxes[:, 2] / boxes[:, 3]
     bounds = [0, 1 / 4, 1 / 2.5, 1 / 1.5, 1.5, 2.5, 4, np.inf]
-    labels = ["< 1:4", "1:4–1:2.5", "1:2.5–1:1.5", "square", "1.5:1–2.5:1", "2.5:1–4:1", "> 4:1"]
-    figures.append(_histogram("Width to height of objects", ratios, bounds, labels, ""))
+    labels = ["< 1:4", "1:3", "1:2", "square", "2:1", "3:1", "> 4:1"]
+    note = "divided at 1:4, 1:2.5, 1:1.5 and the same the other way round"
+    figures.append(_histogram("Width to height of objects", ratios, bounds, labels, note))
     per_image = np.bincount(split.images[usable], minlength=len(split))
     steps = [0, 1, 2, 3, 5, 9, 17, 33, np.inf]
     labels = ["0", "1", "2", "3–4", "5–8", "9–16", "17–32", "33+"]
@@ -206,12 +207,13 @@ def _contents(checked: Checked, split: Split) -> pages.Html:
         grid, _, _ = np.histogram2d(centres[:, 1], centres[:, 0], bins=16, range=[[0, 1], [0, 1]])
         figures.append(charts.heat_map("Centres of objects in the image", grid, "darker: more objects"))
     left_out = checked.left_out(split)
-    rows = [(reason, count) for reason, count in left_out.items()]
+    left_out_table = pages.paragraph("Training leaves nothing out.")
+    if left_out:
+        left_out_table = pages.table(["training leaves out", "count"], list(left_out.items()))
     return pages.section(
         f"What {split.name} holds",
         pages.paragraph(f"{len(split):,} images, {len(split.images):,} boxes, {int(usable.sum()):,} to learn from: {split.path}"),
-        pages.table(["training leaves out", "count"], rows) if rows else pages.paragraph("Training leaves nothing out."),
-        pages.wide(figures),
+        pages.mixed([*figures, left_out_table]),
     )  # fmt: skip
 
 

@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> EvaluationResult:
     measured = _measure_file(config, config.from_predictions) if config.from_predictions else _measure_detector(config)
     result, timing = measured.result, measured.timing
     print(table(result, timing))
-    comparison = None if config.against is None else _compare(config, measured)
+    comparison, other = (None, None) if config.against is None else _compare(config, measured)
     if comparison is not None:
         print(f"\n{comparison_table(comparison)}")
     if config.predictions is not None:
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> EvaluationResult:
     if config.write_thresholds is not None:
         _write_thresholds(config, measured)
     if page is not None:
-        _write_page(config, page, measured, comparison)
+        _write_page(config, page, measured, comparison, other)
     return result
 
 
@@ -238,7 +238,8 @@ def _measure_detector(config: EvalConfig) -> _Measured:
     return _Measured(index=index, table=evaluator.table, result=result, timing=timing)
 
 
-def _compare(config: EvalConfig, measured: _Measured) -> Comparison:
+def _compare(config: EvalConfig, measured: _Measured) -> tuple[Comparison, Outcomes]:
+    """The comparison, and the other's detections beside the same truth."""
     from dataclasses import replace
 
     from detection.evaluation.compare import compare
@@ -265,11 +266,10 @@ def _compare(config: EvalConfig, measured: _Measured) -> Comparison:
         order = {name: label for label, name in enumerate(names)}
         labels = [order.get(name, -1) for name in other.index.class_names]
         new = np.array(labels, np.int64)[other.table.labels]
-        table = replace(other.table, labels=new).select(new >= 0)
-        return compare(
-            Outcomes.of(measured.index, measured.table, tuple(keep)), Outcomes.of(measured.index, table, tuple(keep))
-        )
-    return compare(measured.outcomes(), Outcomes.of(measured.index, other.table, evaluated))
+        others = Outcomes.of(measured.index, replace(other.table, labels=new).select(new >= 0), tuple(keep))
+        return compare(Outcomes.of(measured.index, measured.table, tuple(keep)), others), others
+    others = Outcomes.of(measured.index, other.table, evaluated)
+    return compare(measured.outcomes(), others), others
 
 
 def comparison_table(comparison: Comparison) -> str:
@@ -318,7 +318,9 @@ def _images(config: EvalConfig, index: CocoIndex) -> DetectionDataset | None:
     return DetectionDataset(index, config.images, whole, exif=config.exif, max_pixels=config.max_pixels)
 
 
-def _write_page(config: EvalConfig, path: Path, measured: _Measured, comparison: Comparison | None) -> None:
+def _write_page(
+    config: EvalConfig, path: Path, measured: _Measured, comparison: Comparison | None, other: Outcomes | None
+) -> None:
     from backbones.state import write_whole
     from detection.evaluation.report import Report
 
@@ -331,6 +333,7 @@ def _write_page(config: EvalConfig, path: Path, measured: _Measured, comparison:
         timing=measured.timing,
         comparison=comparison,
         other=str(config.against),
+        other_outcomes=other,
     ).html()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, made)

@@ -2,10 +2,11 @@
 
 $ litedet inspect finetune:detector --data.train.annotations FILE --data.train.images DIR --out DIR
 $ litedet inspect RUN --out DIR
+$ litedet inspect RUN/best.pt --out DIR
 
-It takes what litedet train takes, and writes DIR/augmented.jpg and DIR/assignment.jpg. Of a run, its best weights decide where
-predictions matter. Besides: --out DIR (where to write; "inspect" by default), --num-images N (16), --epoch N (0, whose changes
-of the images are drawn).
+It takes what litedet train takes, and writes DIR/augmented.jpg and DIR/assignment.jpg. Of a run, its best weights (or those of
+the checkpoint that is named) decide where predictions matter. Besides: --out DIR (where to write; "inspect" by default),
+--num-images N (16), --epoch N (0, whose changes of the images are drawn).
 """
 
 from __future__ import annotations
@@ -44,11 +45,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     from detection.training.task import build_model
     from detection.weights.native import read_detector
 
-    config: DetectionConfig = load_config(rest, __doc__ or "", DetectionConfig, DetectionConfig.from_plain)
+    config: DetectionConfig = load_config(
+        rest, __doc__ or "", DetectionConfig, DetectionConfig.from_plain, goes_on=False
+    )
     config.validate()
     index = CocoIndex.read(config.data.split("train")[0])
     if config.train.resume:
-        model, _ = read_detector(config.run_dir / "best.pt")
+        run = Path(rest[0])
+        model, info = read_detector(run / "best.pt" if run.is_dir() else run)
+        index = index.with_categories(np.array(info.category_ids), info.class_names)
     else:
         config, model = build_model(config, index.class_names, None)
     config.model = model.config

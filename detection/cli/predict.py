@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from tqdm import tqdm
 
 from backbones.errors import UserError
 from detection.engine.errors import main_errors
+from detection.engine.progress import progress_bar
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     open_folder(config.out, identity)
     missing = missing_shards(config.out, len(paths), config.shard_size, rank, world_size)
     total = sum(len(paths[shard * config.shard_size : (shard + 1) * config.shard_size]) for shard in missing)
-    with tqdm(total=total, unit="image", dynamic_ncols=True, desc=f"predict {rank + 1}/{world_size}") as bar:
+    with progress_bar(total=total, unit="image", desc=f"predict {rank + 1}/{world_size}") as bar:
         for number in predict_shards(
             detector,
             paths,

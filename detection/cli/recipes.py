@@ -24,6 +24,7 @@ def load_config(
     description: str,
     wanted: type[Any] = object,
     read: Callable[[Mapping[str, Any]], Any] | None = None,
+    goes_on: bool = True,
 ) -> Any:
     """The config of a training's command line: the recipe or the config of a run, then overrides.
 
@@ -33,6 +34,7 @@ def load_config(
         description: of the tool, for ``--help``.
         wanted: the dataclass that the recipe has to give.
         read: makes one of the plain data in a checkpoint; None where runs are not gone on with.
+        goes_on: a run has to hold the state to go on from. False: any checkpoint of it will do (``best.pt``).
 
     Returns:
         What the recipe returns, with the overrides; of a run what it was started with, with ``train.resume`` on.
@@ -44,7 +46,7 @@ def load_config(
     ask_for_recipe(argv, description, runs=read is not None)
     place = Path(argv[0])
     if read is not None and (place.is_dir() or place.suffix == ".pt"):
-        default = _config_of_run(place, read)
+        default = _config_of_run(place, read, goes_on)
     else:
         default = read_recipe(argv[0])()
         if not isinstance(default, wanted):
@@ -83,19 +85,19 @@ def ask_for_recipe(argv: Sequence[str], description: str, runs: bool) -> None:
     raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
 
 
-def _config_of_run(place: Path, read: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """What the run in a folder was started with, set to go on with it."""
-    if place.suffix == ".pt" and place.name != "last.pt":
+def _config_of_run(place: Path, read: Callable[[Mapping[str, Any]], Any], goes_on: bool) -> Any:
+    """What the run in a folder was started with, set to go on with it; see ``load_config``."""
+    if goes_on and place.suffix == ".pt" and place.name != "last.pt":
         raise UserError(f"{place}: a run is gone on with from its last.pt; give that file or its folder")
     path = place if place.suffix == ".pt" else place / "last.pt"
     from detection.engine.checkpoint import load_checkpoint  # here, because it loads torch
 
     # mapped: every process reads the config, and none of them the tensors
     content = load_checkpoint(path, mapped=True)
-    if "training" not in content:
+    if goes_on and "training" not in content:
         raise UserError(f"{path} holds weights alone and no state to go on from; is it a copy of a best.pt?")
     try:
-        config = read(content["training"].get("asked", content["config"]))
+        config = read(content.get("training", {}).get("asked", content["config"]))
     except UserError as error:
         raise UserError(f"{path}: {error} (a checkpoint of another kind of training?)") from error
     config.run_dir, config.train.resume = path.parent, True

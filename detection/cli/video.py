@@ -24,12 +24,12 @@ import cv2
 import numpy as np
 import tyro
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from backbones.errors import UserError
 from detection.cli.outputs import refuse_overwrites
 from detection.cli.stopping import Terminated, let_go_of_terminal, terminated_as_interrupted
 from detection.engine.errors import main_errors
+from detection.engine.progress import progress_bar
 
 if TYPE_CHECKING:  # what loads torch is imported when the command line is parsed
     from detection.inference.video import Frame, FrameReader
@@ -57,7 +57,8 @@ class DemoConfig:
     them (litedet eval --write-thresholds), else below 0.4. With --track one score holds for all classes, None is 0.4, and
     weaker detections stay where they continue a track."""
     track: bool = False
-    """Follow objects: an id on each box and in each line (needs pip install 'litedet[track]')."""
+    """Follow objects: an id on each box and in each line, and a trace of where it came from (needs
+    pip install 'litedet[track]')."""
     count: tuple[float, float, float, float] | None = None
     """Count what crosses the line X1 Y1 X2 Y2 (pixels of the frame), by class; switches --track on. In is from right to left
     of somebody who goes from (X1, Y1) to (X2, Y2)."""
@@ -139,7 +140,7 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
     """Goes through the source; the signal that ended it, if one did."""
     import supervision as sv
 
-    from detection.images.draw import draw_detections, draw_frame_rate, draw_line, side_by_side
+    from detection.images.draw import Traces, draw_detections, draw_frame_rate, draw_line, side_by_side
     from detection.inference.predictor import load_detector
     from detection.inference.slices import SlicedPredictor
     from detection.inference.track import WEAKEST, LineCounter, Tracked, Tracker
@@ -158,6 +159,7 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
             stack.callback(_open_window())
         tracker = Tracker(reader.rate, _score_of_tracks(config)) if config.track else None
         counter = LineCounter(config.count) if config.count else None
+        traces = Traces(reader.rate, reader.size) if config.track else None
         detector = load(config.checkpoint)
         other = load(config.against) if config.against else None
         height, width = reader.size
@@ -176,9 +178,7 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
         network_seconds = 0.0
         frame_rate = sv.FPSMonitor(sample_size=30)
         total = min((n for n in (reader.num_frames, config.max_frames) if n is not None), default=None)
-        progress = stack.enter_context(
-            tqdm(total=total, unit="frame", dynamic_ncols=True, desc=Path(config.source).name)
-        )
+        progress = stack.enter_context(progress_bar(total=total, unit="frame", desc=Path(config.source).name))
         begin = time.monotonic()
         try:
             for frame in reader:
@@ -201,7 +201,8 @@ def _watch(config: DemoConfig) -> tuple[DemoResult, Terminated | None]:
                     lines.flush()  # whoever kills this process keeps the lines so far
                 stop = False
                 if video or images or config.show:
-                    drawn = draw_detections(frame.image, found, ids=tracked.ids)
+                    scene = traces(frame.image, found, tracked.ids) if traces else frame.image
+                    drawn = draw_detections(scene, found, ids=tracked.ids)
                     if counter:
                         drawn = draw_line(drawn, counter.line, counter.counts)
                     if found_by_other is not None:

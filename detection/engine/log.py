@@ -13,17 +13,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from backbones.state import write_whole
+from detection.engine import progress
 from detection.engine.runtime import Runtime
 
 _log = logging.getLogger(__name__)
 
 _Item = TypeVar("_Item")
-
-SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal for a bar, within an epoch
 
 
 def with_wait(items: Iterable[_Item]) -> Iterator[tuple[_Item, float]]:
@@ -193,7 +191,7 @@ class RunLog:
     history: Sequence[Mapping[str, Any]] = ()
     purge_step: int = 0
     writer: SummaryWriter | None = field(default=None, init=False)
-    _bar: "tqdm[Any] | None" = field(default=None, init=False)
+    _bar: Any | None = field(default=None, init=False)
     _stack: ExitStack = field(default_factory=ExitStack, init=False)
     _start: float = field(default_factory=time.perf_counter, init=False)
     _last_line: float = field(default_factory=time.perf_counter, init=False)
@@ -218,14 +216,13 @@ class RunLog:
     def start_epoch(self, epoch: int, num_steps: int, first_step: int = 0) -> None:
         """Opens the bar of an epoch, of which ``first_step`` of ``num_steps`` steps are done."""
         if self.runtime.is_main:
-            self._bar = tqdm(
+            self._bar = progress.progress_bar(
                 total=num_steps,
                 initial=first_step,
                 desc=f"epoch {epoch + 1}/{self.num_epochs}",
                 unit="step",
                 leave=False,
-                dynamic_ncols=True,
-                disable=not sys.stderr.isatty(),
+                lines=False,  # ``window`` writes them
             )
 
     def flush(self) -> None:
@@ -254,7 +251,7 @@ class RunLog:
         text = f"{describe(reading)}, {_clock(self._seconds_left(step))} left"
         self._bar.set_postfix_str(text)
         now = time.perf_counter()
-        if self._bar.disable and now - self._last_line > SECONDS_BETWEEN_LINES:
+        if self._bar.disable and now - self._last_line > progress.SECONDS_BETWEEN_LINES:
             _log.info("epoch %d/%d, step %d/%d: %s", epoch + 1, self.num_epochs, step, self.num_steps, text)
             self._last_line = now
 

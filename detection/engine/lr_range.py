@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from backbones.errors import UserError
 from backbones.state import write_whole
 from detection.engine.chart import save_figure
 from detection.engine.loop import Task, TrainConfig, _autocast, _place_step
 from detection.engine.optim import build_optimizer, parameter_groups
+from detection.engine.progress import progress_bar
 from detection.engine.runtime import Runtime, seed_everything
 
 STEPS = 150
@@ -121,14 +120,7 @@ def find_lr(
     losses: list[float] = []
     lowest, average, diverged = math.inf, 0.0, False
     for number, batch in enumerate(
-        tqdm(
-            _batches(task, steps),
-            total=steps,
-            desc="range test",
-            unit="step",
-            leave=False,
-            disable=not sys.stderr.isatty(),
-        )
+        progress_bar(_batches(task, steps), total=steps, desc="range test", unit="step", leave=False)
     ):
         rate = low * (high / low) ** (number / max(steps - 1, 1))
         for group, scale in zip(optimizer.param_groups, scales, strict=True):

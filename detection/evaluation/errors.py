@@ -187,6 +187,25 @@ def split_errors(outcomes: Outcomes) -> ErrorSplit:
     return ErrorSplit(kinds=kinds, partners=partners, missed=missed, counts=numbers_of, costs=costs, ap50=ap50)
 
 
+def shown_errors(outcomes: Outcomes, split: ErrorSplit, thresholds: NDArray[np.float64]) -> dict[ErrorKind, int]:
+    """The errors that a user sees who looks at detections from a score on: those of each kind, as ``split_errors`` has it.
+
+    An object that only weaker detections find is missed then, and a weaker error of class or place is about none.
+
+    Args:
+        split: of the same outcomes.
+        thresholds: float64 [K], of each class.
+    """
+    table, matches = outcomes.table, outcomes.matches
+    shown = table.scores >= thresholds[table.labels]
+    kinds = np.where(shown, split.kinds, -1)
+    counts: dict[ErrorKind, int] = {kind: int((kinds == number).sum()) for number, kind in enumerate(KINDS)}
+    found = matches.detections[0]
+    missed = matches.counted & ~(shown[found] & (found >= 0) if len(table) else False)
+    missed[split.partners[np.isin(kinds, [KINDS.index("class"), KINDS.index("localisation")])]] = False
+    return counts | {"missed": int(missed.sum())}
+
+
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class ThresholdCurve:
     """Precision, recall and F1 of a class at IoU 0.5 if detections below a score are dropped.

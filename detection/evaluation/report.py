@@ -28,6 +28,7 @@ from detection.evaluation.errors import (
     calibration,
     confusion,
     iou,
+    shown_errors,
     split_errors,
     threshold_curves,
 )
@@ -37,7 +38,9 @@ from detection.images.draw import draw_detections, draw_target, image_grid
 _log = logging.getLogger(__name__)
 
 _NUM_LINES = 10  # classes that have a line of their own in a chart
+_NUM_BARS = 25  # classes in the bars of AP
 _NUM_MATRIX = 30  # classes in the confusion matrix
+_NUM_PAIRS = 10  # confusions that are named
 _NUM_SHOTS = 12
 _SHOT_SIDE = 400
 _MEANINGS = {
@@ -62,6 +65,7 @@ class Report:
         timing: speed, where the detector was run.
         comparison: with another table.
         other: what the other table is of, for the page.
+        other_outcomes: that table beside the same truth; None leaves out the images that differ most.
     """
 
     title: str
@@ -71,14 +75,15 @@ class Report:
     timing: EvaluationTiming | None = None
     comparison: Comparison | None = None
     other: str = ""
+    other_outcomes: Outcomes | None = None
 
     def html(self) -> bytes:
         """The page, UTF-8, without script and outside address."""
         curves = threshold_curves(self.outcomes)
         split = split_errors(self.outcomes)
-        sections = [self._figures(), self._classes(curves), self._curves(curves), self._errors(split)]
+        sections = [self._figures(), self._classes(curves), self._curves(curves), self._errors(split, curves)]
         if self.comparison is not None:
-            sections.insert(1, self._compared(self.comparison))
+            sections.insert(1, self._compared(self.comparison, curves))
         sections += [self._confusion(curves), self._calibration()]
         if self.images is not None:
             sections += [self._false_alarms(split, curves, self.images), self._misses(split, curves, self.images)]
@@ -107,12 +112,16 @@ class Report:
             curve = curves[names.index(name)]
             best = "-" if curve.best is None else f"{curve.best:.2f}"
             rows.append([name, count, *(of[name] for of in by_size), best, curve.best_f1])
-        head = ["class", "objects", "AP", "small", "medium", "large", "best threshold", "F1 there"]
+        head = ["class", "objects", "AP", "small", "medium", "large", "threshold", "F1"]
         text = (
-            "AP by class and size (below 32x32, up to 96x96, above); the threshold at which F1 is highest at IoU 0.5."
-            f" No threshold where F1 stays below {WORTH}; 0.5 stands in below."
+            "AP by class and size (below 32x32, up to 96x96, above); the threshold at which F1 is highest at IoU 0.5, and F1 "
+            f"there. No threshold where F1 stays below {WORTH}; 0.5 stands in below."
         )
-        return _section("Classes", text, pages.table(head, rows))
+        measured = {name: ap for name, ap in by_size[0].items() if ap is not None}
+        lowest = sorted(measured, key=lambda name: measured[name])[:_NUM_BARS]
+        few = "" if len(lowest) == len(measured) else f", the {len(lowest)} lowest"
+        bars = charts.bar_chart(f"AP by class{few}", lowest, [measured[name] for name in lowest])
+        return _section("Classes", text, pages.wide([pages.table(head, rows), bars]))
 
     def _curves(self, curves: Sequence[ThresholdCurve]) -> pages.Html:
         shown = sorted(self.result.class_counts, key=lambda name: -self.result.class_counts[name])
@@ -140,13 +149,15 @@ class Report:
             pages.wide([pr, f1]),
         )
 
-    def _errors(self, split: ErrorSplit) -> pages.Html:
+    def _errors(self, split: ErrorSplit, curves: Sequence[ThresholdCurve]) -> pages.Html:
         costs = charts.bar_chart("AP50 that mending each gains", KINDS, [split.costs[kind] for kind in KINDS])
-        rows = [[kind, split.counts[kind], f"{split.costs[kind]:+.3f}", _MEANINGS[kind]] for kind in KINDS]
+        shown = shown_errors(self.outcomes, split, _limits(curves))
+        rows = [[kind, shown[kind], f"{split.costs[kind]:+.3f}", _MEANINGS[kind]] for kind in KINDS]
         return _section(
             "What goes wrong, and what it costs",
             f"Errors of TIDE (arXiv 2008.08115) at IoU 0.5. The bar is what AP50 ({split.ap50:.3f}) would gain if every error of "
-            "this kind alone were mended. Detections of any score count, so there are many in the background that cost little.",
+            "this kind alone were mended, whatever its score, as AP counts. The numbers are of the detections that a user sees: "
+            "those from each class's best threshold on.",
             pages.wide([costs, pages.table(["error", "number", "AP50", "meaning"], rows)]),
         )
 
@@ -162,8 +173,29 @@ class Report:
             "What is taken for what",
             "Rows: the truth; columns: what was found, from each class's best threshold on (IoU 0.5 or more). Last column: "
             f"objects not found; last row: detections on background.{few}",
-            charts.matrix_table(matrix[np.ix_(order, order)], [*shown, "background"], [*shown, "not found"]),
+            pages.beside(
+                [
+                    charts.matrix_table(matrix[np.ix_(order, order)], [*shown, "background"], [*shown, "not found"]),
+                    self._confused(matrix),
+                ]
+            ),
         )
+
+    def _confused(self, matrix: NDArray[np.int64]) -> pages.Html:
+        """The pairs of classes that are mistaken most often."""
+        names = self.outcomes.index.class_names
+        pairs = [
+            (int(matrix[true, found]), true, found)
+            for true, found in zip(*np.nonzero(matrix[:-1, :-1]), strict=True)
+            if true != found
+        ]
+        rows = [
+            [names[true], names[found], count, f"{100 * count / matrix[true].sum():.0f} %"]
+            for count, true, found in sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))[:_NUM_PAIRS]
+        ]
+        if not rows:
+            return pages.paragraph("No class is taken for another.", class_="good")
+        return pages.table(["class", "taken for", "number", "of the class"], rows)
 
     def _calibration(self) -> pages.Html:
         found = calibration(self.outcomes)
@@ -184,7 +216,7 @@ class Report:
             pages.wide([chart, pages.table(["score", "detections", "mean score", "right"], rows)]),
         )
 
-    def _compared(self, found: Comparison) -> pages.Html:
+    def _compared(self, found: Comparison, curves: Sequence[ThresholdCurve]) -> pages.Html:
         rows = [
             [
                 d.name,
@@ -199,18 +231,45 @@ class Report:
         head = ["", "this", "other", "difference", "95% interval", "other is"]
         index = self.outcomes.index
         order = np.argsort(found.images, kind="stable")
-        ends = [*order[:5].tolist(), *order[-5:][::-1].tolist()]
-        images = [[index.file_name(i), f"{found.images[i]:+.2f}"] for i in ends if found.images[i]]
+        ends = dict.fromkeys([*order[:5].tolist(), *order[-5:][::-1].tolist()])  # each once, where there are few
+        differing = [place for place in ends if found.images[place]]
+        rows_of_images = [[index.file_name(place), f"{found.images[place]:+.2f}"] for place in differing]
+        parts = [pages.table(head, rows)]
+        if differing:
+            parts.append(pages.section("Images that differ most", level=3))
+            shown = self._three(differing, found, curves)
+            parts += shown or [pages.table(["image", "F1 of the other less this"], rows_of_images)]
         return _section(
             f"Against {self.other}",
             f"95 per cent intervals of the difference from {found.resamples} resamples of the images, the same for both. An "
             f"interval with 0 in it shows no difference. F1 is better in {(found.images > 0).sum()} images, worse in "
             f"{(found.images < 0).sum()}, equal in {(found.images == 0).sum()} (IoU 0.5, scores from 0.25).",
-            pages.table(head, rows),
-            pages.section(
-                "Images that differ most", pages.table(["image", "F1 of the other less this"], images), level=3
-            ),
+            *parts,
         )
+
+    def _three(self, places: Sequence[int], found: Comparison, curves: Sequence[ThresholdCurve]) -> list[pages.Html]:
+        """Truth, this and the other in the images that differ most, three each way."""
+        if self.images is None or self.other_outcomes is None:
+            return []
+        index, other = self.outcomes.index, self.other_outcomes
+        limits, other_limits = _limits(curves), _limits(threshold_curves(other))
+        worse = [place for place in places if found.images[place] < 0][:3]
+        better = [place for place in places if found.images[place] > 0][:3]
+        shots = []
+        for place in [*worse, *better]:
+            small = self._small(place, self.images)
+            if small is None:
+                continue
+            sides = [
+                self._truth(place, *small),
+                self._found(self.outcomes, limits, place, *small),
+                self._found(other, other_limits, place, *small),
+            ]
+            caption = f"{index.file_name(place)}: F1 of the other {found.images[place]:+.2f}"
+            trio = image_grid(sides, columns=3, cell=_SHOT_SIDE)
+            shots.append(pages.figure(trio, caption, side=3 * _SHOT_SIDE))
+        note = "Left the truth, then this, then the other, each from its classes' best thresholds on."
+        return [pages.paragraph(note, class_="dim"), pages.wide(shots, large=True)]
 
     def _false_alarms(
         self, split: ErrorSplit, curves: Sequence[ThresholdCurve], images: DetectionDataset
@@ -227,7 +286,7 @@ class Report:
             "The surest false alarms",
             "Left the truth, right what was found from each class's best threshold on. The black and white frame is the mistake. "
             "Many of these are labels that are missing or wrong.",
-            pages.wide(shots) if shots else pages.paragraph("None."),
+            pages.wide(shots, large=True) if shots else pages.paragraph("None."),
         )
 
     def _misses(self, split: ErrorSplit, curves: Sequence[ThresholdCurve], images: DetectionDataset) -> pages.Html:
@@ -258,7 +317,7 @@ class Report:
             "The largest objects that were missed",
             f"{len(missed)} objects have no detection of their class from its best threshold on. Left the truth, right what was "
             "found; the frame is the object.",
-            pages.wide(shots) if shots else pages.paragraph("None."),
+            pages.wide(shots, large=True) if shots else pages.paragraph("None."),
         )
 
     def _shot(
@@ -270,28 +329,43 @@ class Report:
         images: DetectionDataset,
     ) -> list[pages.Html]:
         """The figure of a mistake; [] where its image cannot be read."""
-        index = self.outcomes.index
+        small = self._small(position, images)
+        if small is None:
+            return []
+        sides = [self._truth(position, *small), self._found(self.outcomes, _limits(curves), position, *small)]
+        for side in sides:
+            _frame(side, box * small[1])
+        pair = image_grid(sides, columns=2, cell=_SHOT_SIDE)
+        return [pages.figure(pair, f"{self.outcomes.index.file_name(position)}: {text}", side=2 * _SHOT_SIDE)]
+
+    def _small(self, position: int, images: DetectionDataset) -> tuple[NDArray[np.uint8], float] | None:
+        """An image at the size at which it is shown, and by how much it was scaled; None where it cannot be read."""
         try:
             image = images.image(position)
         except (UserError, OSError) as error:
             _log.warning("left out of the report: %s", error)
-            return []
+            return None
         scale = _SHOT_SIDE / max(image.shape[:2])
         size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
-        small = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+        return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8), scale
+
+    def _truth(self, position: int, image: NDArray[np.uint8], scale: float) -> NDArray[np.uint8]:
+        index = self.outcomes.index
         objects = index.objects(position)
-        found = self.outcomes.table.of_image(int(index.image_ids[position]), index.class_names)
-        limits = torch.from_numpy(_limits(curves))
-        found = found.above(limits)
-        found = replace(found, boxes=found.boxes * scale)
-        sides = [
-            draw_target(small, objects.boxes * np.float32(scale), objects.labels, index.class_names),
-            draw_detections(small, found),
-        ]
-        for side in sides:
-            _frame(side, box * scale)
-        pair = image_grid(sides, columns=2, cell=_SHOT_SIDE)
-        return [pages.figure(pair, f"{index.file_name(position)}: {text}", side=2 * _SHOT_SIDE)]
+        return draw_target(image, objects.boxes * np.float32(scale), objects.labels, index.class_names)
+
+    def _found(
+        self,
+        outcomes: Outcomes,
+        limits: NDArray[np.float64],
+        position: int,
+        image: NDArray[np.uint8],
+        scale: float,
+    ) -> NDArray[np.uint8]:
+        index = outcomes.index
+        found = outcomes.table.of_image(int(index.image_ids[position]), index.class_names)
+        found = found.above(torch.from_numpy(limits))
+        return draw_detections(image, replace(found, boxes=found.boxes * scale))
 
 
 def _frame(image: NDArray[np.uint8], box: NDArray[np.floating[Any]]) -> None:

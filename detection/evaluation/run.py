@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from detection.engine.progress import progress_bar
 from detection.evaluation.coco_ap import CocoEvaluator
 from detection.structures import Batch, Detections, RawPredictions, Runner, device_of, run_in_parts
 
@@ -85,9 +84,7 @@ def evaluate(
     num_images = 0
     unreadable: list[str] = []
     damaged: list[str] = []
-    bar = tqdm(
-        loader, desc="evaluation", unit="batch", leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty()
-    )
+    bar = progress_bar(loader, desc="evaluation", unit="batch", leave=False)
     try:
         for batch in bar:
             unreadable += batch.skipped

@@ -179,6 +179,35 @@ def draw_frame_rate(image: NDArray[np.uint8], frames_per_second: float) -> NDArr
     )
 
 
+class Traces:
+    """Where tracked objects have been: a line behind each, in the colour of its class.
+
+    Draw it before ``draw_detections``, so that boxes and labels lie on top.
+
+    Args:
+        rate: frames a second.
+        size: (height, width) of the frames.
+        seconds: that a trace goes back.
+    """
+
+    def __init__(self, rate: float, size: tuple[int, int], seconds: float = 2.0) -> None:
+        self._annotator = sv.TraceAnnotator(
+            color=_PALETTE,
+            trace_length=max(2, round(rate * seconds)),
+            thickness=sv.calculate_optimal_line_thickness((size[1], size[0])),
+        )
+
+    def __call__(
+        self, image: NDArray[np.uint8], detections: Detections, ids: Sequence[int | None]
+    ) -> NDArray[np.uint8]:
+        """A new image, uint8 RGB [H, W, 3], with the traces up to this frame; boxes are in its pixels, ids as many."""
+        rows = [row for row, number in enumerate(ids) if number is not None]
+        tracked = to_supervision(detections)[np.array(rows, np.int64)]
+        tracked.tracker_id = np.array([ids[row] for row in rows], np.int64)
+        scene = self._annotator.annotate(np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), np.uint8), tracked)
+        return np.asarray(cv2.cvtColor(scene, cv2.COLOR_BGR2RGB), np.uint8)
+
+
 def draw_line(
     image: NDArray[np.uint8], line: tuple[float, float, float, float], counts: Mapping[str, Mapping[str, int]]
 ) -> NDArray[np.uint8]:

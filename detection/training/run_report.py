@@ -16,6 +16,7 @@ from detection.engine.log import read_record
 
 _log = logging.getLogger(__name__)
 
+_BEST = "\N{NO-BREAK SPACE}(best)"
 _NOT_LOSSES = ("positives", "positives_per_object")
 
 
@@ -38,10 +39,10 @@ def write_run_report(folder: Path) -> tuple[Path, Path]:
     records = [record for record in map(read_record, path.read_text().splitlines()) if record is not None]
     if not records:
         raise UserError(f"{folder}: no epoch of this run is done yet; there is nothing to report")
-    png = figure_png(_panels(records))
-    page = pages.page(f"Training {folder.name}", *_sections(folder, records, png)).encode()
+    panels = _panels(records)
+    page = pages.page(f"Training {folder.name}", *_sections(folder, records, panels)).encode()
     report, curves = folder / "report.html", folder / "curves.png"
-    write_whole(curves, png)
+    write_whole(curves, figure_png([*panels.values()]))
     write_whole(report, page)
     return report, curves
 
@@ -56,23 +57,25 @@ def try_run_report(folder: Path) -> None:
         _log.info("curves and report: %s", report)
 
 
-def _panels(records: Sequence[Mapping[str, Any]]) -> list[Callable[[Any], None]]:
+def _panels(records: Sequence[Mapping[str, Any]]) -> dict[str, Callable[[Any], None]]:
+    """What draws each curve, by its title."""
     losses = [name for name in records[0]["losses"] if name not in _NOT_LOSSES]
     metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))
     shown = [name for name in metrics if not name.startswith("AR")]
-    panels = [
-        _panel("losses", {name: _points(records, "losses", name) for name in losses}),
-        _panel("validation", {name: _points(records, "metrics", name) for name in shown}),
-        _panel("learning rate", {name: _points(records, "lr", name) for name in records[0]["lr"]}),
-    ]
-    others = [name for name in _NOT_LOSSES if any(name in record["losses"] for record in records)]
-    panels += [_panel(name.replace("_", " "), {name: _points(records, "losses", name)}) for name in others]
+    curves: dict[str, Mapping[str, Sequence[tuple[int, float]]]] = {
+        "losses": {name: _points(records, "losses", name) for name in losses},
+        "validation": {name: _points(records, "metrics", name) for name in shown},
+        "learning rate": {name: _points(records, "lr", name) for name in records[0]["lr"]},
+    }
+    for name in _NOT_LOSSES:
+        if any(name in record["losses"] for record in records):
+            curves[name.replace("_", " ")] = {name: _points(records, "losses", name)}
     norms = [(record["epoch"], record["gradient_norm"]) for record in records if "gradient_norm" in record]
     if norms:
-        panels.append(_panel("gradient norm before clipping", {"norm": norms}))
+        curves["gradient norm before clipping"] = {"norm": norms}
     waits = [(record["epoch"], record["data_wait_share"]) for record in records]
-    panels.append(_panel("share of time waiting for data", {"wait": waits}))
-    return panels
+    curves["share of time waiting for data"] = {"wait": waits}
+    return {title: _panel(title, lines) for title, lines in curves.items()}
 
 
 def _points(records: Sequence[Mapping[str, Any]], part: str, name: str) -> list[tuple[int, float]]:
@@ -95,7 +98,9 @@ def _panel(title: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> Cal
     return draw
 
 
-def _sections(folder: Path, records: Sequence[Mapping[str, Any]], png: bytes) -> list[pages.Html]:
+def _sections(
+    folder: Path, records: Sequence[Mapping[str, Any]], panels: Mapping[str, Callable[[Any], None]]
+) -> list[pages.Html]:
     best = next((record for record in reversed(records) if record["best"]), None)
     seconds = sum(record["seconds"] for record in records)
     cards = [(f"{records[-1]['epoch']}", "epochs"), (f"{records[-1]['step']:,}", "steps"), (_clock(seconds), "time")]
@@ -106,7 +111,7 @@ def _sections(folder: Path, records: Sequence[Mapping[str, Any]], png: bytes) ->
     metrics = list(dict.fromkeys(name for record in records for name in record["metrics"]))[:3]
     rows = [
         [
-            f"{record['epoch']}{' (best)' if record['best'] else ''}",
+            f"{record['epoch']}{_BEST if record['best'] else ''}",
             *(record["losses"].get(name) for name in names),
             *(record["metrics"].get(name) for name in metrics),
             f"{record['images_per_second']:.1f}",
@@ -119,7 +124,11 @@ def _sections(folder: Path, records: Sequence[Mapping[str, Any]], png: bytes) ->
         pages.section(
             "Curves",
             pages.paragraph("Means over each epoch; those of each step are in TensorBoard.", class_="dim"),
-            pages.png_figure(png, "curves of the training"),
+            # One image for each, so that they stand below each other, and can be read, on a telephone.
+            pages.gallery(
+                pages.png_figure(figure_png([draw], size=(3.9, 3.0)), f"{title} over the epochs")
+                for title, draw in panels.items()
+            ),
         ),
         pages.section("Epochs, the last first", pages.table(["epoch", *names, *metrics, "images/s", "waiting"], rows)),
     ]

@@ -17,11 +17,11 @@ from pathlib import Path
 
 import msgspec
 from filelock import FileLock
-from tqdm import tqdm
 
 from backbones.errors import UserError
 from backbones.state import sha256_of
 from backbones.weights.readers import is_download
+from detection.engine.progress import progress_bar
 from detection.weights.recognition import convert
 
 _CONVERTED = "2"  # counts up when conversion gives other files, so that an old one in the cache is not taken
@@ -185,7 +185,7 @@ def _download(url: str, part: Path) -> None:
         name = part.name.removesuffix(".part")
         with (
             part.open("ab" if resumed else "wb") as file,
-            tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=name, dynamic_ncols=True) as progress,
+            progress_bar(total=total, initial=have, unit="B", unit_scale=True, desc=name) as progress,
         ):
             while chunk := response.read(_CHUNK):
                 file.write(chunk)

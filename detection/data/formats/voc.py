@@ -9,7 +9,6 @@ from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
-from tqdm import tqdm
 
 from backbones.errors import UserError
 from detection.data.coco import Exif
@@ -24,6 +23,7 @@ from detection.data.formats.writer import (
     require_folder,
     to_number,
 )
+from detection.engine.progress import progress_bar
 from detection.images.decode import Header
 
 
@@ -69,7 +69,7 @@ def convert_voc(
     image_files = find_images(images)
     report = ConversionReport(out=out)
     roots: dict[str, ElementTree.Element] = {}
-    for path in tqdm(xml_files, desc="annotations", unit="file", leave=False):
+    for path in progress_bar(xml_files, desc="annotations", unit="file", leave=False):
         try:
             roots[path.stem] = ElementTree.parse(path).getroot()
         except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
@@ -88,7 +88,7 @@ def convert_voc(
     for path in image_files:
         with_stem[path.stem].append(path)
     found: list[tuple[str, Path, Header]] = []
-    for stem in tqdm(stems, desc="images", unit="image", leave=False):
+    for stem in progress_bar(stems, desc="images", unit="image", leave=False):
         image = image_of(roots[stem], annotations / f"{stem}.xml", with_stem[stem], images, report)
         if image is not None and (header := look_at(image, report)) is not None:
             found.append((stem, image, header))

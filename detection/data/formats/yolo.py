@@ -8,7 +8,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import msgspec
-from tqdm import tqdm
 
 from backbones.errors import UserError
 from detection.data.formats.writer import (
@@ -23,6 +22,7 @@ from detection.data.formats.writer import (
     require_folder,
     to_number,
 )
+from detection.engine.progress import progress_bar
 from detection.images.decode import IMAGE_SUFFIXES
 
 
@@ -74,7 +74,7 @@ def convert_yolo(images: Path, labels: Path, names: Path, out: Path) -> Conversi
             )
 
     writer = CocoWriter(report, images, {name: number for number, name in enumerate(class_names, 1)})
-    for image in tqdm(files, desc="images", unit="image", leave=False):
+    for image in progress_bar(files, desc="images", unit="image", leave=False):
         header = look_at(image, report)
         if header is None:
             continue
