@@ -1,5 +1,6 @@
 """Many image files to detections: ``litedet predict`` against the loop that one writes with torchvision."""
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -74,6 +75,9 @@ def _network(info: DetectorInfo, weights: dict[str, Tensor], threads: int) -> SS
 def _predict(
     info: DetectorInfo, weights: dict[str, Tensor], paths: Sequence[str], threads: int, backend: Backend
 ) -> Iterator[Callable[[], object]]:
+    multiprocessing.set_start_method(
+        None, force=True
+    )  # as in the command's process; a spawned one would spawn its workers
     keep_freed_memory()
     runner = build_runner(_network(info, weights, threads), backend, torch.device("cpu"))
     ours = Predictor(runner, replace(info, postprocess=replace(info.postprocess, score_threshold=_SCORE)))
