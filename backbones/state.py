@@ -8,9 +8,9 @@ import re
 import secrets
 import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,13 @@ def write_whole(path: str | Path, content: bytes | memoryview, *, durable: bool 
     Raises:
         OSError: it cannot be written (full disk, no permission); it names ``path``, and nothing is left behind.
     """
+    with writing_whole(path, durable=durable) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def writing_whole(path: str | Path, *, durable: bool = False) -> Iterator[BinaryIO]:
+    """``write_whole`` for who writes a file in pieces: it gets its name when the context ends, if no error ends it."""
     path = Path(path)
     _refuse_null(path)
     # A name of its own: two processes that write the same file at once must not write into the same beginning of it.
@@ -36,7 +43,7 @@ def write_whole(path: str | Path, content: bytes | memoryview, *, durable: bool 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("xb") as file:
-            file.write(content)
+            yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())

@@ -70,9 +70,22 @@ def test_own_scales_without_the_reduced_map() -> None:
     assert xyxy_to_cxcywh(generator((320, 320)))[0, 2].item() == pytest.approx(48)
 
 
+def test_own_steps_between_the_centres() -> None:
+    # A map of 4 x 2 cells and one of 2 x 1 for an input 64 wide and 32 high. The first: 0.3 of each side apart.
+    config = AnchorConfig(centre_steps=(0.3, 0.5), reduce_first_map=False)
+    centres = xyxy_to_cxcywh(AnchorGenerator(config, SPECS[:2])((32, 64)))[::6, :2]
+    assert centres.flatten().tolist() == pytest.approx(
+        [9.6, 4.8, 28.8, 4.8, 48, 4.8, 67.2, 4.8, 9.6, 14.4, 28.8, 14.4, 48, 14.4, 67.2, 14.4, 16, 8, 48, 8]
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (AnchorConfig(centre_steps=(0.1, 0.2)), r"6 feature maps need 6 centre_steps, got \(0.1, 0.2\)"),
+        (AnchorConfig(scales=(0.1, 0, 0.2, 0.3, 0.4, 0.5, 0.6)), "anchor scales must be positive"),
+        (AnchorConfig(min_scale=0.0), "0 < min_scale"),
+        (AnchorConfig(ratios=(1.0,) * 33), "1 to 32 of them"),
         (AnchorConfig(scales=(0.1, 0.2)), "6 feature maps need 7 anchor scales.*got 2"),
         (AnchorConfig(min_scale=0.9, max_scale=0.2), "min_scale <= max_scale, got min_scale=0.9"),
         (AnchorConfig(ratios=()), "ratios must be positive"),

@@ -96,9 +96,12 @@ def test_ours_goes_round(tmp_path: Path) -> None:
 
 
 def test_freezing_and_momentum_may_differ_from_the_file(tmp_path: Path) -> None:
-    save_weights(tmp_path / "a.safetensors", small_classifier(), WeightsInfo())
+    classifier = small_classifier()
+    save_weights(tmp_path / "a.safetensors", classifier, WeightsInfo())
     config = MobileNetV2Config(width=0.35, frozen_stages=2, freeze_norm=True, norm_momentum=0.03)
-    load_backbone(MobileNetV2(config), tmp_path / "a.safetensors")
+    backbone = MobileNetV2(config)
+    load_backbone(backbone, tmp_path / "a.safetensors")
+    assert equal(backbone, classifier.backbone)
 
 
 def test_torchvisions_file(theirs: Path) -> None:

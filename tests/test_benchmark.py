@@ -311,16 +311,24 @@ def test_other_backends_and_own_weights(tmp_path: Path) -> None:
     images = draw_detection_set(tmp_path / "p", num_train=4, num_val=1, size=(96, 128))
     arguments = ["--images", str(images.train_images), "--annotations", str(images.train_annotations)]
     arguments += ["--weights", str(tmp_path / "d.safetensors"), "--threads", str(torch.get_num_threads())]
-    arguments += ["--stages", "predict", "backends", "train", "detectors", "busy"]
+    arguments += ["--stages", "predict", "backends", "folder", "train", "detectors", "busy", "--folder-images", "7"]
     arguments += ["--backends", "onnxruntime"]
     arguments += ["--rounds", "1", "--batch-size", "2", "--out", str(tmp_path / "out"), "--cache", str(tmp_path)]
     result = benchmark.main(arguments)
-    names = ["predict, torch", "predict, onnxruntime", *["training step, batch 2"] * 2]
+    names = [
+        "predict, torch",
+        "predict, onnxruntime",
+        "folder of JPEG files, torch",
+        "folder of JPEG files, onnxruntime",
+        *["training step, batch 2"] * 2,
+    ]
     names += [f"LiteDet: {part}" for part in ("network, torch", "predict, torch")]
     names += [f"LiteDet: {part}" for part in ("network, onnxruntime", "predict, onnxruntime", "training step, 2")]
     names += ["predict, busy machine", "training step, busy machine"]
     assert [row.name for row in result.comparisons] == names
-    assert [row.bar for row in result.comparisons] == [0.55, 0.35, 0.42, 0.97, 1.0, 1.0, 1.0, 1.0, 1.15, None, None]
+    bars = [row.bar for row in result.comparisons]
+    assert {bars.pop(2), bars.pop(2)} == {None, 1 / 3}  # whichever was faster
+    assert bars == [0.55, 0.35, 0.42, 0.97, 1.0, 1.0, 1.0, 1.0, 1.15, None, None]
     assert all(0 < row.ratio < math.inf for row in result.comparisons)
     assert "weights: d.safetensors, 2 classes" in result.notes
     with pytest.raises(SystemExit):

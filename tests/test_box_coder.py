@@ -34,12 +34,18 @@ def test_round_trip_of_a_batch() -> None:
     anchors = cxcywh_to_xyxy(torch.rand(50, 4) * 100 + 20)
     boxes = cxcywh_to_xyxy(torch.rand(3, 50, 4) * 100 + 5)
     coder = SSDBoxCoder()
-    torch.testing.assert_close(coder.decode(coder.encode(boxes, anchors), anchors), boxes, rtol=1e-4, atol=1e-3)
+    codes = coder.encode(boxes, anchors)
+    torch.testing.assert_close(coder.decode(codes, anchors), boxes, rtol=1e-4, atol=1e-3)
+    # Anchors that have the batch's dimension too.
+    torch.testing.assert_close(coder.encode(boxes, anchors.expand(3, 50, 4)), codes)
+    torch.testing.assert_close(coder.decode(codes, anchors.expand(3, 50, 4)), coder.decode(codes, anchors))
 
 
 def test_a_box_without_area_and_a_wild_prediction_stay_finite() -> None:
     anchor = torch.tensor([[0.0, 0, 10, 10]])
-    assert SSDBoxCoder().encode(torch.tensor([[5.0, 5, 5, 5]]), anchor).isfinite().all()
+    thousandth = 5 * math.log(1e-3 / 10)  # of a pixel, which shorter sides count as
+    code = SSDBoxCoder().encode(torch.tensor([[5.0, 5, 5, 5]]), anchor)
+    assert code[0].tolist() == pytest.approx([0, 0, thousandth, thousandth], rel=1e-5)
     wild = SSDBoxCoder().decode(torch.full((1, 4), 1e4), anchor)
     assert wild.isfinite().all()
     assert (wild[0, 2] - wild[0, 0]).item() == pytest.approx(10 * 1000 / 16, rel=1e-4)

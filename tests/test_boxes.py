@@ -21,6 +21,11 @@ def test_formats_by_hand() -> None:
     assert torch.equal(xyxy_to_cxcywh(xyxy), cxcywh)
     assert torch.equal(cxcywh_to_xyxy(cxcywh), xyxy)
     assert box_area(xyxy).item() == 1200
+    # Any leading dimensions, or none.
+    assert torch.equal(xyxy_to_cxcywh(xyxy.expand(2, 3, 4)), cxcywh.expand(2, 3, 4))
+    assert torch.equal(cxcywh_to_xyxy(cxcywh.expand(2, 3, 4)), xyxy.expand(2, 3, 4))
+    assert torch.equal(xyxy_to_cxcywh(xyxy[0]), cxcywh[0])
+    assert torch.equal(cxcywh_to_xyxy(cxcywh[0]), xyxy[0])
 
 
 def test_crossed_corners_have_no_area() -> None:

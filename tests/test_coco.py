@@ -344,12 +344,3 @@ def test_select(tmp_path: Path) -> None:
         index.select(class_names=["cow"])
     with pytest.raises(IndexError):
         index.select([3])
-
-
-def test_ground_truth_is_required(tmp_path: Path) -> None:
-    index = CocoIndex.read(write(tmp_path, example()))
-    assert index.require_ground_truth() is index
-    with pytest.raises(ValueError, match="no ground truth to evaluate on: 3 images, 1 annotations"):
-        index.select(class_names=["cat"]).require_ground_truth()  # a crowd
-    with pytest.raises(ValueError, match="no image to evaluate on"):
-        index.select([]).require_ground_truth()

@@ -164,7 +164,7 @@ def test_what_yolo_drops_is_counted_and_named(tmp_path: Path) -> None:
         "0 .5 .5 0 .1",
         "0 1.5 .5 .1 .1",
         "0 .5 .5 .1",
-        "0 .5 .5 .1 .1 .9",
+        "0 .5 .5 .1 .1 .9 .9 .9 .9 .9",
         "cat .5 .5 .1 .1",
         "0 .5 .5 .1 .1",
     ]
@@ -278,15 +278,17 @@ def test_key_points_are_no_polygon(tmp_path: Path) -> None:
     assert list(report.dropped) == ["row that is neither a box nor a polygon"]
     assert not report.notes
     # Not told: an odd number of values may be a polygon, an even one cannot.
-    report = yolo(tmp_path, f"{box} {' '.join(points)}\n{box} .1 .1 2\n{box} .9")
+    report = yolo(tmp_path, f"{box} {' '.join(points)}\n{box} .1 .1 2\n{box} .9\n{box} .9 .9 .9 .9 .9 .9 .9")
     assert [record["bbox"] for record in read(tmp_path / "o.json")["annotations"]] == [
         [10, 10, 80, 80],
         [40, 30, 20, 40],
+        [40, 30, 20, 40],
     ]
-    assert len(report.dropped["row that is neither a box nor a polygon"]) == 1  # a box with a score
+    assert len(report.dropped["row that is neither a box nor a polygon"]) == 1
     assert {reason: len(rows) for reason, rows in report.notes.items()} == {
         "row of more than five values read as a polygon (key points need kpt_shape in the data.yaml)": 1,
         "row read as a box with key points, by its length": 1,
+        "row read as a box with a score behind it": 1,
     }
     with pytest.raises(ValueError, match=r"data.yaml: `kpt_shape` is 17; the number of key points"):
         yolo(tmp_path, box, "names: [cat]\nkpt_shape: 17\n", "data.yaml")

@@ -10,8 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from detection.boxes import cxcywh_to_xyxy
 from detection.models.box_coders import SSDBoxCoder
+from detection.models.litedet import LiteDetConfig
+from detection.models.ssdlite import SSDLiteConfig
 from detection.structures import RawPredictions, Target
 from detection.training.assignment import MatcherConfig, SSDAssigner
+from detection.training.losses import TrainingStep
 from detection.training.ssd_loss import SSDLoss, SSDLossConfig
 
 
@@ -85,6 +88,30 @@ def test_batch_equals_the_slow_loop(config: SSDLossConfig, background: bool, num
     expected = loss_slowly(config, raw, target, int(background))
     assert {name: losses[name].item() for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert losses["loss"].item() == pytest.approx(expected["loss_box"] + expected["loss_class"], rel=1e-4)
+
+
+class _Stub(torch.nn.Module):
+    """Gives the same whatever it is asked."""
+
+    def __init__(self, gives: object) -> None:
+        super().__init__()
+        self.gives = gives
+
+    def forward(self, *_: object) -> object:
+        return self.gives
+
+
+def test_a_step_adds_what_a_teacher_asks_and_counts_positives_for_each_object() -> None:
+    losses = {"loss": torch.tensor(2.0), "positives": torch.tensor(3.0)}  # 3 an image
+    more = {"teacher": torch.tensor(0.5), "teacher_boxes": torch.tensor(0.25)}
+    images, boxes, labels = torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 4), torch.zeros(2, 4, dtype=torch.int64)
+    valid = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    alone = TrainingStep(_Stub(None), _Stub(losses))(images, boxes, labels, valid)  # type: ignore[arg-type]
+    assert (alone["loss"].item(), alone["positives_per_object"].item()) == (2.0, 1.5)  # 6 of the batch's 4 objects
+    taught = TrainingStep(_Stub(None), _Stub(losses), _Stub(more))(images, boxes, labels, valid[:, :0])  # type: ignore[arg-type]
+    assert taught["loss"].item() == 2.75
+    assert taught["teacher"].item() == 0.5
+    assert taught["positives_per_object"].item() == 6.0  # a batch without objects
 
 
 def test_by_hand() -> None:
@@ -199,6 +226,24 @@ def test_half_precision_predictions_are_taken_in_float32() -> None:
 def test_configs_that_make_no_sense(config: SSDLossConfig, background: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SSDLoss(config, SSDBoxCoder(), background)
+
+
+def test_a_loss_is_fitted_to_the_scores_of_the_network() -> None:
+    softmax, sigmoid = SSDLiteConfig(score="softmax"), SSDLiteConfig(score="sigmoid")
+    plain, focal = SSDLossConfig(), SSDLossConfig(classification="focal")
+    plain.check(softmax)
+    focal.check(sigmoid)
+    for loss, model in ((plain, sigmoid), (focal, softmax)):
+        with pytest.raises(ValueError, match=f"trains {loss.trains} scores, model.score is {model.score}"):
+            loss.check(model)
+    with pytest.raises(ValueError, match="trains SSD's box codes, which a model of kind litedet does not give"):
+        focal.check(LiteDetConfig())  # type: ignore[arg-type]
+    assert plain.fitted(softmax) == (plain, "")
+    assert focal.fitted(softmax) == (plain, "loss.classification is cross_entropy now, which trains softmax scores")
+    assert plain.fitted(sigmoid) == (focal, "loss.classification is focal now, which trains sigmoid scores")
+    fitted, remark = SSDLossConfig(label_smoothing=0.1).fitted(sigmoid)
+    assert fitted == focal
+    assert remark.endswith("; loss.label_smoothing 0.1, which belongs to cross_entropy, is 0")
 
 
 def _loss_of_share(rank: int, world_size: int, file: str, results: "torch.multiprocessing.SimpleQueue[float]") -> None:

@@ -38,6 +38,16 @@ def test_nothing_above_the_threshold() -> None:
     assert run(PostprocessConfig(score_threshold=0.5), softmax_logits((0.1, 0.1), (0.2, 0.1), (0.3, 0.3))) == []
 
 
+def test_a_score_at_the_threshold_is_not_kept() -> None:
+    # The sigmoid of 0 is 0.5 exactly. Only detections with a higher score are kept, whichever road finds them.
+    raw = RawPredictions(torch.zeros(1, 2, 4), torch.tensor([[[0.0], [1.0]]]), ANCHORS[1:])
+    for threshold, kept in ((0.5, 1), (0.49, 2)):
+        post = Postprocess(PostprocessConfig(score_threshold=threshold), SSDBoxCoder(), "sigmoid", False)
+        assert len(post(raw, WHOLE, SIZE)[0]) == kept
+        assert int((post.batched(raw)[..., 4] > 0).sum()) == kept
+    PostprocessConfig(score_threshold=0.0).validate()  # all of them
+
+
 def test_suppression_is_within_a_class() -> None:
     # Anchors 0 and 1 overlap with IoU 90 / 110. As cats the second goes; as a dog it stays.
     logits = softmax_logits((0.8, 0.01), (0.6, 0.3), (0.02, 0.9))

@@ -34,7 +34,8 @@ def run_apart(sides: Mapping[str, Side]) -> Iterator[dict[str, Callable[[], None
         calls = {}
         for name, side in sides.items():
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(side, there), daemon=True)
+            # No daemon: those may not have data workers. One that outlives its parent ends when it waits for the next call.
+            process = context.Process(target=_serve, args=(side, there))
             with _environment(side.environment):
                 process.start()
             there.close()  # else a process that ends would leave this one waiting

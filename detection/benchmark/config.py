@@ -11,7 +11,9 @@ import tyro
 from backbones.errors import UserError
 
 Backend = Literal["torch", "compile", "onnxruntime", "openvino"]  # those of inference.runners, which loads torch
-Stage = Literal["predict", "backends", "postprocess", "train", "detectors", "busy", "loader", "open", "evaluate"]
+Stage = Literal[
+    "predict", "backends", "postprocess", "folder", "train", "detectors", "busy", "loader", "open", "evaluate"
+]
 NUM_IMAGES = 96  # read from --images, or drawn
 _PACKAGES: dict[Backend, tuple[str, ...]] = {
     "torch": (),
@@ -43,9 +45,12 @@ class BenchmarkConfig:
     rounds: int = 21
     """Runs of each side in the short stages. The long stages take a third of it, opening at most five, AP two."""
     backends: tuple[Backend, ...] = ("compile", "onnxruntime", "openvino")
-    """Backends of the stages "backends" and "detectors". The last two need pip install 'litedet[export]'."""
+    """Backends of the stages "backends", "detectors" and "folder" (which leaves out compile). The last two
+    need pip install 'litedet[export]'."""
     batch_size: int = 24
     """Images per batch in the stages train, busy and loader."""
+    folder_images: int = 288
+    """Image files of the stage folder: links to the images in turn."""
     open_images: Annotated[int, tyro.conf.arg(aliases=["--open-pictures"])] = 118_287
     """Images of the annotation file that is opened."""
     open_boxes: int = 860_001
@@ -59,14 +64,22 @@ class BenchmarkConfig:
 
     def validate(self) -> None:
         """Raises UserError for values that make no sense."""
-        for name in ("threads", "rounds", "batch_size", "open_images", "open_boxes", "evaluate_images"):
+        for name in (
+            "threads",
+            "rounds",
+            "batch_size",
+            "folder_images",
+            "open_images",
+            "open_boxes",
+            "evaluate_images",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.batch_size > NUM_IMAGES:
             raise UserError(f"--batch-size {self.batch_size} is more than the {NUM_IMAGES} images that are read")
         if (self.images is None) != (self.annotations is None):
             raise UserError("--images and --annotations go together: a folder and the COCO json of its images")
-        if {"backends", "detectors"} & set(self.stages):
+        if {"backends", "detectors", "folder"} & set(self.stages):
             if "backends" in self.stages and not self.backends:
                 raise UserError("the stage backends needs at least one of --backends")
             for backend in self.backends:

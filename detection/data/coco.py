@@ -258,21 +258,6 @@ class CocoIndex:
         of_records = {name: getattr(self, name)[kept] for name in _OF_RECORDS}
         return replace(self, offsets=offsets, **of_images, **of_records)
 
-    def require_ground_truth(self) -> CocoIndex:
-        """This index, if average precision can be measured with it.
-
-        Raises:
-            UserError: the file has no image, or not one box that is not a crowd.
-        """
-        if not len(self):
-            raise UserError(f"{self.path}: `images` is empty: no image to evaluate on")
-        if self.crowd.all():
-            raise UserError(
-                f"{self.path}: no ground truth to evaluate on: {len(self)} images, {len(self.labels)} annotations, and not "
-                "one box that is not a crowd"
-            )
-        return self
-
     def require_objects(self) -> CocoIndex:
         """This index, if there is anything to learn from it.
 

@@ -112,8 +112,12 @@ class DetectionTable:
 _Int64 = Annotated[int, msgspec.Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 
 
-class _Result(msgspec.Struct, gc=False):
-    # Other fields (a segmentation, the names of tools) are skipped.
+class CocoResult(msgspec.Struct, gc=False):
+    """A record of a COCO result file; other fields (a segmentation, the names of tools) are skipped.
+
+    ``bbox`` is left, top, width, height in pixels.
+    """
+
     image_id: _Int64
     category_id: _Int64
     bbox: tuple[float, float, float, float]
@@ -130,15 +134,20 @@ def write_coco_results(path: str | Path, index: CocoIndex, table: DetectionTable
         OSError: the file cannot be written; what was there before stays.
     """
     table = table.select(np.argsort(table.image_ids, kind="stable"))
+    write_json(path, coco_results(index.category_ids, table))
+    return len(table)
+
+
+def coco_results(category_ids: NDArray[np.int64], table: DetectionTable) -> list[CocoResult]:
+    """The records of a table, in its order; ``category_ids`` int64 [K] is the id of each label."""
     rows = zip(
         table.image_ids.tolist(),
-        index.category_ids[table.labels].tolist(),
+        category_ids[table.labels].tolist(),
         map(tuple, xyxy_to_xywh(table.boxes).tolist()),
         table.scores.tolist(),
         strict=True,
     )
-    write_json(path, [_Result(*row) for row in rows])
-    return len(table)
+    return [CocoResult(*row) for row in rows]
 
 
 def read_coco_results(path: str | Path, index: CocoIndex) -> DetectionTable:
@@ -159,7 +168,7 @@ def read_coco_results(path: str | Path, index: CocoIndex) -> DetectionTable:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"result file {path} {what}; a COCO result json is expected")
     try:
-        results = msgspec.json.decode(path.read_bytes(), type=list[_Result])
+        results = msgspec.json.decode(path.read_bytes(), type=list[CocoResult])
     except msgspec.ValidationError as error:
         record = re.search(r" - at `\$\[(\d+)\]", str(error))
         where = f"record {record[1]}" if record else "the file"

@@ -13,6 +13,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from backbones.errors import UserError
 from detection.engine.runtime import DeviceChoice, choose_device
@@ -89,6 +90,21 @@ class Predictor:
         pixels = torch.from_numpy(np.stack([image for image, _ in placed])).permute(0, 3, 1, 2)
         placements = torch.tensor([placement for _, placement in placed])
         sizes = torch.tensor([array.shape[:2] for array in arrays])
+        return self.detect(pixels, placements, sizes)
+
+    def detect(self, pixels: Tensor, placements: Tensor, sizes: Tensor) -> list[Detections]:
+        """Find objects in images that are placed already, for who reads and places them in other processes.
+
+        Args:
+            pixels: uint8 [B, 3, H, W], RGB, at the network's input size, best channels-last in memory; on any device.
+            placements: float32 [B, 4], where each image lies in them (``Placement``); on the host.
+            sizes: int64 [B, 2], (height, width) of each image; on the host.
+
+        Returns:
+            B detections on the CPU, boxes in pixels of the images.
+        """
+        if not len(pixels):
+            return []
         with torch.inference_mode(), threads_for(self.runner):
             raw = run_in_parts(self.runner, pixels.to(self.device, non_blocking=True))
             found = self.postprocess(raw, placements, sizes)

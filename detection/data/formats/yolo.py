@@ -32,6 +32,7 @@ def convert_yolo(images: Path, labels: Path, names: Path, out: Path) -> Conversi
     A row is one of
 
     * ``class x y width height``, centre and size as shares of the image;
+    * the same with a score behind it, as detectors write it: the box is taken;
     * the same with key points behind it, where ``names`` is a data.yaml that has a ``kpt_shape``: the box is taken;
     * ``class x1 y1 x2 y2 x3 y3 …``, the corners of a polygon, of which the bounding box is taken. Without a ``kpt_shape``
       every longer row of an odd number of values is read so, and the report says how many. Rows of an even number that fit
@@ -136,7 +137,9 @@ def corners_of_row(row: str, num_key_values: int | None) -> tuple[int, tuple[flo
         return None
     label, coordinates = int(values[0]), values[1:]
     further, guess = len(coordinates) - 4, ""
-    if num_key_values is None and further and len(coordinates) % 2 and further % 3 == 0:
+    if num_key_values is None and further == 1:
+        guess = "row read as a box with a score behind it"
+    elif num_key_values is None and further and len(coordinates) % 2 and further % 3 == 0:
         guess = "row read as a box with key points, by its length"
     if not further or further == num_key_values or guess:
         x, y, width, height = coordinates[:4]
