@@ -627,15 +627,13 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
         run(PointsTask(), config_of(resume=True), tmp_path / "run")
 
 
-@pytest.mark.parametrize("name", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-def test_a_start_that_is_repeated_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_start_that_is_repeated_goes_on(tmp_path: Path) -> None:
     """With the command line of the first start: without and with a checkpoint, ``resume`` off and on."""
-    monkeypatch.setenv(name, "1")
-    run(PointsTask(), config_of(resume=True), tmp_path / "run")
+    again = replace(CPU, repeats=True)
+    run(PointsTask(), config_of(resume=True), tmp_path / "run", again)
     task = PointsTask()
-    run(task, config_of(), tmp_path / "run")
+    run(task, config_of(), tmp_path / "run", again)
     assert task.loader.epochs == []
-    monkeypatch.setenv(name, "0")
     with pytest.raises(UserError, match="already holds a run"):
         run(PointsTask(), config_of(), tmp_path / "run")
 

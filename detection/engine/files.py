@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -33,8 +32,6 @@ _FREE_ON_RESUME: tuple[str, ...] = (
 
 # What a training alone writes, under its lock: the beginnings that a killed one left can go.
 _WRITTEN = ("last.pt", "best.pt", "config.json", "metrics.jsonl")
-
-_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 _Value = TypeVar("_Value")
 _Config = TypeVar("_Config", bound="RunConfig")
@@ -120,7 +117,7 @@ def open_run(config: _Config, runtime: Runtime, read: Callable[[Mapping[str, Any
         FileNotFoundError: there is nothing to resume.
     """
     with ExitStack() as stack:
-        content = from_main(runtime, lambda: _open(config.run_dir, config.train.resume, stack))
+        content = from_main(runtime, lambda: _open(config.run_dir, config.train.resume, runtime.repeats, stack))
         if content is None:
             yield Run(folder=config.run_dir, asked=config)
             return
@@ -150,14 +147,13 @@ def from_main(runtime: Runtime, make: Callable[[], _Value]) -> _Value:
     return value
 
 
-def _open(run_dir: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | None:
+def _open(run_dir: Path, resume: bool, repeats: bool, stack: ExitStack) -> dict[str, Any] | None:
     """Locks the folder and gives the checkpoint to go on from, or None for a new run.
 
-    A start that torchrun (``--max-restarts``) or Slurm (``--requeue``) repeats has the command line of the first: it goes
-    on with what there is.
+    A start that ``repeats`` another has the command line of the first: it goes on with what there is.
     """
     last_path = run_dir / "last.pt"
-    if any(int(os.environ.get(name) or 0) > 0 for name in _RESTART_COUNTS):
+    if repeats:
         resume = last_path.exists()
     if resume and not last_path.exists():
         raise FileNotFoundError(

@@ -24,6 +24,7 @@ from detection.engine.plain import to_plain
 from detection.engine.runtime import Runtime, check_device, seed_everything
 from detection.engine.state import TrainState
 from detection.engine.stopping import StopRequest
+from detection.engine.sync_norm import synchronise_norms
 
 _log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ class TrainConfig:
     """Memory format of the convolutions' weights; more than twice as fast on a CPU."""
     compile: bool = False
     """Compile the training step with torch.compile(fullgraph=True)."""
-    sync_norm: bool = False
+    sync_norm: bool = True
     """Batch norms see the images of all processes (GPUs only; without effect in one process)."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
@@ -617,9 +618,7 @@ class _Loop:
 def _place_step(step: nn.Module, config: TrainConfig, runtime: Runtime) -> nn.Module:
     """Moves the training step to the device and, for several processes, wraps it."""
     if config.sync_norm and runtime.world_size > 1:
-        if runtime.device.type != "cuda":
-            raise UserError("train.sync_norm works on GPUs alone; leave it off for several processes on a CPU")
-        step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
+        step = synchronise_norms(step, runtime.device)
     step.to(runtime.device)
     if config.channels_last:
         step.to(memory_format=torch.channels_last)
