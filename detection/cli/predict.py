@@ -50,8 +50,8 @@ class PredictConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     config = tyro.cli(PredictConfig, args=argv, description=__doc__)
     config.validate()
-    from backbones.state import sha256_of
     from detection.engine.runtime import choose_device
+    from detection.inference.exported import sha256_of_detector
     from detection.inference.folder import digest, list_images, missing_shards, open_folder, predict_shards, unreadable
     from detection.inference.predictor import load_detector
     from detection.weights.hub import locate
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         score_threshold=config.score_threshold,
     )
     identity = {
-        "checkpoint": sha256_of(file),
+        "checkpoint": sha256_of_detector(file),
         "score_threshold": config.score_threshold,
         "images": len(paths),
         "list": digest(paths),

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def synchronise_norms(module: nn.Module, device: torch.device) -> nn.Module:
@@ -13,19 +14,22 @@ def synchronise_norms(module: nn.Module, device: torch.device) -> nn.Module:
 
     Parameters and buffers stay the same objects. Frozen norms, which are in evaluation mode, work as before.
     """
-    module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    if device.type == "cpu":
-        for child in module.modules():
-            if type(child) is nn.SyncBatchNorm:
-                child.__class__ = HostSyncBatchNorm
+    if device.type != "cpu":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for child in module.modules():
+        if isinstance(child, _BatchNorm):
+            child.__class__ = HostSyncBatchNorm
     return module
 
 
-class HostSyncBatchNorm(nn.SyncBatchNorm):
-    """``nn.SyncBatchNorm`` on a CPU, by Gloo. In evaluation mode and in one process it is torch's."""
+class HostSyncBatchNorm(nn.BatchNorm2d):
+    """A batch norm over all processes on a CPU, by Gloo. In evaluation mode and in one process it is torch's.
+
+    DDP takes no ``nn.SyncBatchNorm`` on a CPU, so this is none. It stands in for those of one and three dimensions too.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        """float32 [B, C, ...] -> the same shape; a process may have B = 0."""
+        """[B, C, ...] -> the same shape and dtype; a process may have B = 0."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(input)
         self._check_input_dim(input)
@@ -36,7 +40,12 @@ class HostSyncBatchNorm(nn.SyncBatchNorm):
             share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(variance * (count / (count - 1).clamp(min=1)), share)
-        return result.to(input.dtype)
+        normalised: Tensor = result.to(input.dtype)
+        return normalised
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"[B, C, ...] is needed, not {list(input.shape)}")
 
 
 class _Normalise(torch.autograd.Function):
