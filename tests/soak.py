@@ -152,7 +152,7 @@ def train_command(folder: Path) -> tuple[list[str], Callable[[], bool]]:
         *("--data.train.annotations", str(drawn.train_annotations), "--data.train.images", str(drawn.train_images)),
         *("--data.val.annotations", str(drawn.val_annotations), "--data.val.images", str(drawn.val_images)),
         *("--run-dir", f"{folder}/run", "--data.workers", "2", "--train.device", "cpu", "--train.num-threads", "1"),
-        *("--model.input-size", "160", "160", "--model.backbone.width", "0.35"),
+        *("--model.input-size", "160", "160", "--model.backbone.width", "0.35", "--model.backbone.frozen-stages", "0"),
         *("--train.epochs", "1000000", "--train.checkpoint-every-steps", "3"),
     ]
     metrics = folder / "run" / "metrics.jsonl"

@@ -30,7 +30,7 @@ def command(folder: Path, kind: str, name: str, *more: str) -> list[str]:
         *("--data.train.annotations", f"{folder}/train.json", "--data.train.images", f"{folder}/train"),
         *("--data.val.annotations", f"{folder}/val.json", "--data.val.images", f"{folder}/val"),
         *("--run-dir", f"{folder}/{name}_{kind}", "--data.workers", "0", "--model.input-size", "96", "96"),
-        *("--model.backbone.width", "0.35", "--model.backbone.frozen-stages", "1", "--train.device", "cpu"),
+        *("--model.backbone.width", "0.35", "--model.backbone.frozen-stages", "0", "--train.device", "cpu"),
         *("--train.epochs", "2", "--train.eval-every", "2", "--train.batch-size", "6", "--train.log-every", "1"),
         *("--train.checkpoint-every-steps", "1", "--train.optim.warmup-steps", "2"),
         *more,

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from backbones.layers import ConvNormAct
 from detection.engine.runtime import open_runtime
-from detection.engine.sync_norm import HostSyncBatchNorm, synchronise_norms
+from detection.engine.sync_norm import SyncBatchNorm, synchronise_norms
 
 CPU = torch.device("cpu")
 SHARES = {"even": [2, 2, 2], "uneven": [4, 1, 1], "a process without images": [5, 0, 1]}
@@ -62,7 +62,7 @@ def check_numbers() -> None:
             for name in NAMES:
                 expected, alone = two_steps(reference := norms(name), slice(0, 6), whole), norms(name)
                 ours = synchronise_norms(alone, CPU)
-                assert type(ours) is HostSyncBatchNorm
+                assert type(ours) is SyncBatchNorm
                 given = two_steps(ours, share, whole)
                 for got, wanted in zip(given, expected, strict=True):
                     torch.testing.assert_close(got, wanted[share], rtol=1e-4, atol=1e-4)
@@ -103,10 +103,26 @@ def test_frozen_norms_and_parameters_stay_what_they_are(tmp_path: Path) -> None:
     network[0].eval().requires_grad_(False)
     before = [*network.parameters(), *network.buffers()]
     ours = synchronise_norms(network, CPU)
-    assert [type(norm) for norm in ours] == [HostSyncBatchNorm] * 2
+    assert [type(norm) for norm in ours] == [SyncBatchNorm] * 2
     assert [norm.training for norm in ours] == [False, True]
     assert all(a is b for a, b in zip([*ours.parameters(), *ours.buffers()], before, strict=True))
     assert [parameter.requires_grad for parameter in ours.parameters()] == [False, False, True, True]
-    assert [type(norm) for norm in synchronise_norms(nn.Sequential(nn.BatchNorm2d(3)), torch.device("cuda"))] == [
-        nn.SyncBatchNorm
-    ]
+
+
+@pytest.mark.parametrize(
+    ("device", "compiled", "kind"),
+    [("cuda", False, nn.SyncBatchNorm), ("cuda", True, SyncBatchNorm), ("cpu", False, SyncBatchNorm)],
+)
+def test_torchs_own_on_a_gpu(device: str, compiled: bool, kind: type) -> None:
+    norm = synchronise_norms(nn.Sequential(nn.BatchNorm2d(3)), torch.device(device), compiled=compiled)[0]
+    assert type(norm) is kind
+
+
+def test_alone_and_in_evaluation_it_is_torchs() -> None:
+    whole = images()
+    for name in NAMES:
+        reference, norm = norms(name), synchronise_norms(norms(name), CPU)
+        for training in (True, False):
+            torch.testing.assert_close(norm.train(training)(whole), reference.train(training)(whole), rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"\[B, C, ...\] is needed, not \[3\]"):
+        norm(torch.zeros(3))

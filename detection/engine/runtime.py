@@ -114,8 +114,7 @@ def open_runtime(
     Process 0 logs from INFO on, the others warnings only. On a GPU matrix products may use TF32, and cuDNN picks the
     quickest convolution for the input sizes it meets: training has a fixed input size.
 
-    N processes that share a batch do not train exactly as one process does: each normalises by the statistics of its own
-    part of the batch (the loss and the gradient are those of the whole one). ``SyncBatchNorm`` makes them equal, on GPUs.
+    N processes that share a batch train as one process does where their batch norms are synchronised (``synchronise_norms``).
 
     A ``UserError`` or the like that ends one of several processes is printed here, because leaving the others can take long.
 

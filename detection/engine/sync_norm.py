@@ -1,4 +1,4 @@
-"""Batch norms that see the images of all processes: torch's on GPUs, and the same for a CPU, where torch has none."""
+"""Batch norms that see the images of all processes: torch's on GPUs, and our own where torch's does not go."""
 
 from typing import Any
 
@@ -9,23 +9,29 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def synchronise_norms(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module with every batch norm in it made a synchronised one, for a device of the type that it will train on.
+def synchronise_norms(module: nn.Module, device: torch.device, *, compiled: bool = False) -> nn.Module:
+    """The module with every batch norm in it made a synchronised one.
 
     Parameters and buffers stay the same objects. Frozen norms, which are in evaluation mode, work as before.
+
+    Args:
+        module: the training step.
+        device: of the type that it will train on.
+        compiled: whether it will be compiled. torch's own norm picks rows by their values, which is no part of a graph.
     """
-    if device.type != "cpu":
+    if device.type == "cuda" and not compiled:
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     for child in module.modules():
         if isinstance(child, _BatchNorm):
-            child.__class__ = HostSyncBatchNorm
+            child.__class__ = SyncBatchNorm
     return module
 
 
-class HostSyncBatchNorm(nn.BatchNorm2d):
-    """A batch norm over all processes on a CPU, by Gloo. In evaluation mode and in one process it is torch's.
+class SyncBatchNorm(nn.BatchNorm2d):
+    """A batch norm over all processes, on any device and in a compiled graph. In evaluation mode it is ``nn.BatchNorm2d``.
 
-    DDP takes no ``nn.SyncBatchNorm`` on a CPU, so this is none. It stands in for those of one and three dimensions too.
+    ``nn.SyncBatchNorm`` has no code for a CPU, and DDP refuses it there. This stands in for norms of one and three dimensions
+    too.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -56,7 +62,7 @@ class _Normalise(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         axes, C = _axes(x), x.shape[1]
-        sums = torch.cat([x.sum(axes, dtype=torch.float64), torch.tensor([x.numel() // C], dtype=torch.float64)])
+        sums = torch.cat([x.sum(axes, dtype=torch.float64), x.new_tensor([x.numel() // C], dtype=torch.float64)])
         dist.all_reduce(sums)
         count = sums[C].clamp(min=1)
         mean = sums[:C] / count
