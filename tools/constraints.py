@@ -2,7 +2,9 @@
 """Prints a constraints file for pip: the oldest set of packages that is supported, or the set that is installed here.
 
 $ python tools/constraints.py oldest     # the lower bounds of setup.cfg, each as an exact version
-$ python tools/constraints.py installed  # every package that LiteDet and its checks need, as it is here: tools/lock.txt
+$ python tools/constraints.py installed  # every package that LiteDet and its checks need, as it is here
+
+The second is how tools/lock.txt is made, after the tests have passed: python tools/constraints.py installed > tools/lock.txt
 """
 
 import configparser
@@ -12,7 +14,10 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from packaging.requirements import Requirement
+try:
+    from packaging.requirements import Requirement
+except ImportError:  # an environment that holds pip alone
+    from pip._vendor.packaging.requirements import Requirement
 
 SETUP = Path(__file__).resolve().parents[1] / "setup.cfg"
 
