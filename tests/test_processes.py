@@ -24,6 +24,21 @@ KINDS = ("ssdlite", "litedet")
 STOPPED = "stopped"
 
 
+# Process 1 of the first start is killed before the checkpoint of step 5 is written.
+DYING = """
+import os, signal
+from detection.cli.train import main
+from detection.engine import loop
+update = loop._Loop._update
+def dies(self, meter):
+    update(self, meter)
+    if self.state.step == 5 and self.runtime.rank == 1 and not self.runtime.repeats:
+        os.kill(os.getpid(), signal.SIGKILL)
+loop._Loop._update = dies
+main()
+"""
+
+
 def command(folder: Path, kind: str, name: str, *more: str) -> list[str]:
     return [
         f"{ROOT}/configs/finetune.py:{kind}",
@@ -106,24 +121,10 @@ def test_another_number_of_processes_is_said(trained: tuple[Path, str]) -> None:
         assert f"this run had 2 processes and goes on with {number}: the same batches" in said
 
 
-_DYING = """
-import os, signal
-from detection.cli.train import main
-from detection.engine import loop
-update = loop._Loop._update
-def dies(self, meter):
-    update(self, meter)
-    if self.state.step == 5 and self.runtime.rank == 1 and not self.runtime.repeats:
-        os.kill(os.getpid(), signal.SIGKILL)
-loop._Loop._update = dies
-main()
-"""
-
-
 def test_torchrun_starts_killed_processes_again_and_they_go_on(trained: tuple[Path, str], tmp_path: Path) -> None:
     folder, _ = trained
     script = tmp_path / "dying.py"
-    script.write_text(_DYING)
+    script.write_text(DYING)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
