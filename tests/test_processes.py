@@ -52,9 +52,8 @@ def command(folder: Path, kind: str, name: str, *more: str) -> list[str]:
     ]
 
 
-def train_kinds(folder: Path, name: str) -> None:
-    for kind in KINDS:
-        train.main(command(folder, kind, name))
+def train_one(folder: Path, kind: str, name: str, *more: str) -> None:
+    train.main(command(folder, kind, name, *more))
 
 
 def train_until_a_signal(folder: Path) -> None:
@@ -69,10 +68,6 @@ def train_until_a_signal(folder: Path) -> None:
     with pytest.raises(SystemExit) as end:
         train.main(command(folder, "ssdlite", STOPPED))
     assert end.value.code == 143
-
-
-def go_on(folder: Path, name: str) -> None:
-    train.main(command(folder, "ssdlite", name, "--train.resume", "True"))
 
 
 def copy_stopped(folder: Path) -> None:
@@ -91,11 +86,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     drawn.train_annotations.write_text(json.dumps(content))
     done = run_together(
         [
-            *((world_size, train_kinds, (folder, str(world_size))) for world_size in (1, 2, 3)),
+            *((number, train_one, (folder, kind, str(number))) for number in (1, 2, 3) for kind in KINDS),
             (2, train_until_a_signal, (folder,)),
             (1, copy_stopped, (folder,)),
-            (1, go_on, (folder, "went_on_1")),
-            (3, go_on, (folder, "went_on_3")),
+            *(
+                (number, train_one, (folder, "ssdlite", f"went_on_{number}", "--train.resume", "True"))
+                for number in (1, 3)
+            ),
         ]
     )
     return folder, done.stdout

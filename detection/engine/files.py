@@ -33,6 +33,8 @@ _FREE_ON_RESUME: tuple[str, ...] = (
 # What a training alone writes, under its lock: the beginnings that a killed one left can go.
 _WRITTEN = ("last.pt", "best.pt", "config.json", "metrics.jsonl")
 
+_ORPHAN_SECONDS = 30.0
+
 _Value = TypeVar("_Value")
 _Config = TypeVar("_Config", bound="RunConfig")
 
@@ -159,7 +161,8 @@ def _open(run_dir: Path, resume: bool, repeats: bool, stack: ExitStack) -> dict[
         raise FileNotFoundError(
             f"{last_path} is not there, so there is nothing to resume; start without --train.resume"
         )
-    stack.enter_context(_locked(run_dir))
+    # Data workers of a process that was killed hold its lock until they see that it is gone, some seconds later.
+    stack.enter_context(_locked(run_dir, _ORPHAN_SECONDS if repeats else 0))
     for name in _WRITTEN:
         remove_unfinished(run_dir / name)
     if not resume:
@@ -175,12 +178,12 @@ def _open(run_dir: Path, resume: bool, repeats: bool, stack: ExitStack) -> dict[
 
 
 @contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
+def _locked(run_dir: Path, wait_seconds: float) -> Iterator[None]:
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock")
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=wait_seconds)
     except Timeout:
         raise UserError(
             f"{run_dir}: another training is running in this folder; wait for its end, or use another --run-dir"
