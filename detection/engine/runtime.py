@@ -124,7 +124,8 @@ def open_runtime(
         deterministic: on a GPU take the operators that give the same bits every time, for the rest of the process.
 
     Raises:
-        UserError: see ``choose_device``; a device that several processes cannot share; a data worker that was killed.
+        UserError: see ``choose_device``; a device that several processes cannot share; a process that did not come; a data
+            worker that was killed.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
