@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # by DDP
 from test_trainer import assert_same_run, losses_of
 from together import ROOT, run_together
 
@@ -17,6 +18,7 @@ from detection.cli import train
 from detection.data.drawn import draw_detection_set
 from detection.engine import loop
 from detection.engine.checkpoint import load_checkpoint
+from detection.training import run_report, task  # noqa: F401  once, before the processes are forked
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="fork and POSIX signals")]
 
@@ -48,6 +50,7 @@ def command(folder: Path, kind: str, name: str, *more: str) -> list[str]:
         *("--model.backbone.width", "0.35", "--model.backbone.frozen-stages", "0", "--train.device", "cpu"),
         *("--train.epochs", "2", "--train.eval-every", "2", "--train.batch-size", "6", "--train.log-every", "1"),
         *("--train.checkpoint-every-steps", "1", "--train.optim.warmup-steps", "2"),
+        *("--train.optim.name", "sgd", "--train.optim.lr", "0.01"),
         *more,
     ]
 
@@ -67,7 +70,7 @@ def train_until_a_signal(folder: Path) -> None:
     loop._Loop._update = stops
     with pytest.raises(SystemExit) as end:
         train.main(command(folder, "ssdlite", STOPPED))
-    assert end.value.code == 143
+    assert end.value.code in (130, 143)  # the one that got the signal, and the other
 
 
 def copy_stopped(folder: Path) -> None:
@@ -127,7 +130,7 @@ def test_torchrun_starts_killed_processes_again_and_they_go_on(trained: tuple[Pa
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
             *("--max-restarts", "1", str(script), *command(folder, "ssdlite", "again")),
         ],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -52,11 +52,13 @@ def test_two_nodes_train_and_go_on_when_a_process_of_one_was_killed(
     script = tmp_path / "dying.py"
     script.write_text(DYING)
     processes = []
-    for name, address in nodes:
+    for place, (name, address) in enumerate(nodes):
         start = [
             *("ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
             *("--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{nodes[0][1]}:29500"),
-            *("--rdzv-id", "two-nodes", "--local-addr", address, "--max-restarts", "1", str(script)),
+            # both have one host name, by which torchrun looks for the node that keeps the store
+            *("--rdzv-conf", f"is_host={1 - place}", "--rdzv-id", "two-nodes", "--local-addr", address),
+            *("--max-restarts", "1", str(script)),
         ]
         environment = {"GLOO_SOCKET_IFNAME": name, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         processes.append(
@@ -66,7 +68,7 @@ def test_two_nodes_train_and_go_on_when_a_process_of_one_was_killed(
             )
         )  # fmt: skip
     try:
-        said = [process.communicate(timeout=150)[0] for process in processes]
+        said = [process.communicate(timeout=600)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def run_together(
-    groups: Sequence[tuple[int, Callable[..., None], tuple[Any, ...]]], timeout: float = 240
+    groups: Sequence[tuple[int, Callable[..., None], tuple[Any, ...]]], timeout: float = 900
 ) -> subprocess.CompletedProcess[str]:
     """Runs each (number of processes, function of a module in tests/, arguments) after the one before it.
 
