@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch._dynamo  # by DDP
 from test_trainer import assert_same_run, losses_of
-from together import ROOT, run_together
+from together import ROOT, compute_in_double, run_together
 
 from detection.cli import train
 from detection.data.drawn import draw_detection_set
@@ -29,6 +29,8 @@ STOPPED = "stopped"
 # Process 1 of the first start is killed before the checkpoint of step 5 is written.
 DYING = """
 import os, signal
+from together import compute_in_double
+compute_in_double()
 from detection.cli.train import main
 from detection.engine import loop
 update = loop._Loop._update
@@ -56,6 +58,8 @@ def command(folder: Path, kind: str, name: str, *more: str) -> list[str]:
 
 
 def train_one(folder: Path, kind: str, name: str, *more: str) -> None:
+    compute_in_double()
+    run_report.try_run_report = lambda run_dir: None  # seconds of drawing
     train.main(command(folder, kind, name, *more))
 
 
@@ -67,6 +71,7 @@ def train_until_a_signal(folder: Path) -> None:
         if self.state.step == 5 and self.runtime.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    compute_in_double()
     loop._Loop._update = stops
     with pytest.raises(SystemExit) as end:
         train.main(command(folder, "ssdlite", STOPPED))
@@ -131,7 +136,7 @@ def test_torchrun_starts_killed_processes_again_and_they_go_on(trained: tuple[Pa
             *("--max-restarts", "1", str(script), *command(folder, "ssdlite", "again")),
         ],
         capture_output=True, text=True, check=False, timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "going on after batch 1 of epoch 2" in done.stdout

@@ -60,7 +60,11 @@ def test_two_nodes_train_and_go_on_when_a_process_of_one_was_killed(
             *("--rdzv-conf", f"is_host={1 - place}", "--rdzv-id", "two-nodes", "--local-addr", address),
             *("--max-restarts", "1", str(script)),
         ]
-        environment = {"GLOO_SOCKET_IFNAME": name, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {
+            "GLOO_SOCKET_IFNAME": name,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests",
+        }
         processes.append(
             subprocess.Popen(
                 [*start, *command(tmp_path, "ssdlite", "two")],
