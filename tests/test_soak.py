@@ -24,8 +24,8 @@ def test_growth_by_hand() -> None:
     assert growth(samples(mib=[100.0] * 25 + [500.0] * 75)) == [], "the first quarter is the warm-up"
     assert growth(samples(mib=[400.0 + number % 7 * 20 for number in range(100)])) == [], "up and down"
     assert growth(samples(mib=[400.0 + number for number in range(100)])) == ["MiB of memory: 437 -> 487"]
-    assert growth(samples(workers_mib=[900.0 + number for number in range(100)])) == [
-        "MiB of memory of the workers: 937 -> 987"
+    assert growth(samples(workers_mib=[900.0 + 2 * number for number in range(100)])) == [
+        "MiB of memory of the workers: 974 -> 1074"
     ]
     assert growth(samples(files=[20 + number // 10 for number in range(100)])) == ["open files: 23 -> 28"]
     assert growth(samples(threads=[4 + number // 10 for number in range(100)])) == ["threads: 7 -> 12"]
