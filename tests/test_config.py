@@ -284,7 +284,7 @@ FIRST_VERSION: dict[str, Any] = {
         "amp": "off",
         "channels_last": True,
         "compile": False,
-        "sync_norm": False,
+        "sync_norm": True,
         "eval_every": 1,
         "log_every": 20,
         "max_skipped_share": 0.01,

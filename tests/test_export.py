@@ -25,7 +25,15 @@ from detection.export.module import Tail
 from detection.export.run import ExportJob, ExportResult, export
 from detection.export.verification import BOUNDS, Difference, compare
 from detection.inference import predictor as predictor_module
-from detection.inference.exported import Exported, ExportRecord, FilePostprocess, Format, is_exported, open_exported
+from detection.inference.exported import (
+    Exported,
+    ExportRecord,
+    FilePostprocess,
+    Format,
+    is_exported,
+    open_exported,
+    sha256_of_detector,
+)
 from detection.inference.predictor import Predictor
 from detection.inference.runners import TorchRunner, as_predictions, fold_norms
 from detection.models.box_coders import SSDBoxCoder
@@ -366,3 +374,15 @@ def test_compare_is_zero_for_the_same(scene: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 96, 128), dtype=np.uint8)
     difference = compare(detector, detector, pixels)
     assert (difference.codes, difference.box, difference.found) == (0.0, 0.0, difference.sure)
+
+
+def test_a_file_of_openvino_is_known_by_its_weights_too(tmp_path: Path) -> None:
+    (tmp_path / "d.xml").write_bytes(b"<net/>")
+    known = []
+    for weights in (b"1", b"2", b"1"):
+        (tmp_path / "d.bin").write_bytes(weights)
+        known.append(sha256_of_detector(tmp_path / "d.xml"))
+    assert known[0] == known[2] != known[1]
+    (tmp_path / "d.onnx").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    wanted = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_of_detector(tmp_path / "d.onnx") == wanted

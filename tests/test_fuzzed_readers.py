@@ -2,6 +2,12 @@
 
 import json
 import math
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +23,14 @@ from detection.data.formats.voc import convert_voc
 from detection.data.formats.yolo import convert_yolo, corners_of_row
 from detection.images.decode import UnreadableImageError, read_image
 
-# The same examples in every run: a gate must not fail by chance. (A longer search: more examples, derandomize=False.)
+ROOT = Path(__file__).resolve().parents[1]
+
+# The same examples in every run: a gate must not fail by chance. LITEDET_EXAMPLES=20000 is a search with others.
+EXAMPLES = int(os.environ.get("LITEDET_EXAMPLES", 100))
 bounded = settings(
-    max_examples=100,
+    max_examples=EXAMPLES,
     deadline=None,
-    derandomize=True,
+    derandomize=EXAMPLES == 100,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -217,7 +226,7 @@ def test_an_image_with_changed_bytes(tmp_path: Path, suffix: str) -> None:
     good = path.read_bytes()
     read_image(path)
 
-    @settings(bounded, max_examples=60)
+    @settings(bounded, max_examples=EXAMPLES * 3 // 5)
     @given(changed_bytes(good))
     def check(content: bytes) -> None:
         path.write_bytes(content)
@@ -232,3 +241,89 @@ def test_an_image_with_changed_bytes(tmp_path: Path, suffix: str) -> None:
         assert 0 < image.size <= 3_000_000
 
     check()
+
+
+def chunk_of_png(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png_of(width: int, height: int, pixels: bytes = b"") -> bytes:
+    header = chunk_of_png(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk_of_png(b"IDAT", pixels) + chunk_of_png(b"IEND", b"")
+
+
+def jpeg_of(width: int, height: int) -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    content = bytearray(file.getvalue())
+    place = content.index(b"\xff\xc0") + 5
+    content[place : place + 4] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+def bmp_of(width: int, height: int) -> bytes:
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 66, 0, 0, 54) + header + bytes(12)
+
+
+def tiff_of(**changed: tuple[int, int]) -> bytes:
+    """16 x 16 grey pixels; ``t256=(count, value)`` changes a tag."""
+    tags = {256: 16, 257: 16, 258: 8, 259: 1, 262: 1, 273: 200, 277: 1, 278: 16, 279: 256}
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    for tag, value in tags.items():
+        content += struct.pack("<HHII", tag, 4, *changed.get(f"t{tag}", (1, value)))
+    return content + bytes(400)
+
+
+MUCH = 2**31 - 1
+CLAIMS = {
+    "area.png": png_of(MUCH, MUCH),
+    "line.png": png_of(MUCH, 1),
+    "empty.png": png_of(13_000, 13_000, zlib.compress(bytes(1000))),  # below the limit, but where are the pixels?
+    "area.jpg": jpeg_of(65_535, 65_535),
+    "area.bmp": bmp_of(MUCH, MUCH),
+    "turned.bmp": bmp_of(100, -MUCH),
+    "empty.bmp": bmp_of(13_000, 13_000),
+    "area.ppm": b"P6\n1000000000 1000000000\n255\n\0\0\0",
+    "digits.ppm": b"P6\n" + b"9" * 1_000_000 + b" 16\n255\n",
+    "area.tif": tiff_of(t256=(1, MUCH), t257=(1, MUCH)),
+    "counts.tif": tiff_of(t258=(2**32 - 1, 100), t273=(2**32 - 1, 100), t279=(2**32 - 1, 100)),
+    "rows.tif": tiff_of(t278=(1, MUCH), t279=(1, MUCH)),
+}
+
+
+def compressed_zeros(num_mib: int) -> bytes:
+    packer = zlib.compressobj(9)
+    return b"".join(packer.compress(bytes(1 << 20)) for _ in range(num_mib)) + packer.flush()
+
+
+_READ_ALL = """
+import resource, sys
+from detection.images.decode import UnreadableImageError, read_image
+def most():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+before = most()
+for path in sys.argv[1:]:
+    try:
+        print(*read_image(path).shape)
+    except UnreadableImageError as error:
+        print(error)
+print(most() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the most memory that a process had is told on POSIX")
+def test_headers_that_claim_much_take_no_memory(tmp_path: Path) -> None:
+    """Nor do a comment and a colour profile of a quarter of a gigabyte of zeros, in a good image."""
+    content, zeros = png_of(1, 1, zlib.compress(bytes(4))), b"a\0\0" + compressed_zeros(256)
+    texts = chunk_of_png(b"zTXt", zeros) + chunk_of_png(b"iCCP", zeros)
+    files = CLAIMS | {"texts.png": content[:33] + texts + content[33:]}
+    for name, file in files.items():
+        (tmp_path / name).write_bytes(file)
+    command = [sys.executable, "-c", _READ_ALL, *(str(tmp_path / name) for name in files)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, cwd=ROOT)
+    *answers, num_mib = done.stdout.splitlines()
+    assert dict(zip(files, answers, strict=True)).pop("texts.png") == "1 1 3"
+    for name, answer in zip(CLAIMS, answers, strict=False):
+        assert answer.startswith(f"{tmp_path / name}: the image "), answer
+    assert int(num_mib) < 100

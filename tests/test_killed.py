@@ -1,7 +1,7 @@
 """Trainings that are killed as processes: with kill -9 at random moments, and by a signal that they may answer.
 
 A training of a tiny network is killed and resumed again and again, and must end with the bits of one that was not; so
-must one with another number of data workers.
+must one with another number of data workers, or with workers that are slow by turns.
 """
 
 import contextlib
@@ -29,18 +29,26 @@ COMMON = [
 ]
 
 # A server that has loaded torch forks a training for each line it reads, so that a start takes no five seconds.
+# "slow-" before the command makes each batch of a data worker take a random time.
 _SERVER = """
-import os, sys
+import os, random, sys, time
 sys.path.insert(0, {root!r})
 import torch, detection.cli.train, detection.cli.train_cls
 from detection.training.task import DetectionTask
 from detection.classification.task import ClassificationTask
+from detection.engine.workers import _SharingCollate
 torch.set_num_threads(1)
+make = _SharingCollate.__call__
+def make_slowly(self, samples):
+    time.sleep(random.SystemRandom().random() * 0.2)
+    return make(self, samples)
 for line in sys.stdin:
     command, *arguments = eval(line)
     child = os.fork()
     if child == 0:
-        main = detection.cli.train.main if command == "train" else detection.cli.train_cls.main
+        if command.startswith("slow-"):
+            _SharingCollate.__call__ = make_slowly
+        main = detection.cli.train.main if command.endswith("train") else detection.cli.train_cls.main
         try:
             main(arguments)
         except SystemExit as end:
@@ -203,11 +211,14 @@ def test_signals_to_the_command(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", ["0", "4"])
-def test_the_number_of_workers_changes_no_bit(
-    tmp_path: Path, starter: Starter, straight: dict[str, tuple[list[str], Path]], workers: str
+@pytest.mark.parametrize(
+    ("name", "workers", "slow"),
+    [("detector", "0", ""), ("detector", "4", "slow-"), ("classifier", "1", ""), ("classifier", "4", "slow-")],
+)
+def test_the_number_and_the_speed_of_workers_change_no_bit(
+    tmp_path: Path, starter: Starter, straight: dict[str, tuple[list[str], Path]], name: str, workers: str, slow: str
 ) -> None:
-    command, expected = straight["detector"]  # with 1 worker
-    starter.start([*command, "--run-dir", str(tmp_path / "run"), "--data.workers", workers])
+    (command, *arguments), expected = straight[name]  # the detector's with 1 worker, the classifier's with none
+    starter.start([slow + command, *arguments, "--run-dir", str(tmp_path / "run"), "--data.workers", workers])
     assert starter.wait() == 0, starter.log.read_text()[-3000:]
     assert_same_run(tmp_path / "run", expected)

@@ -4,7 +4,9 @@
 #   prepare_environment dev    and what its checks need
 #
 # A second call takes no time: .venv/installed* hold the checksum of the files that say what to install.
-# PYTHON=/path/to/python3.12 chooses another interpreter for making it.
+# PYTHON=/path/to/python3.12 chooses another interpreter for making it, CONSTRAINTS=tools/lock.txt the versions of that file.
+
+VENV=.venv # run_oldest.sh has one of its own
 
 fail() {
     echo "error: $*" >&2
@@ -27,26 +29,27 @@ find_python() {
 
 prepare_environment() {
     local extra="${1:-}" python wanted
-    if ! { .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' && .venv/bin/python -m pip --version; } >/dev/null 2>&1; then
+    if ! { "$VENV/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' && "$VENV/bin/python" -m pip --version; } >/dev/null 2>&1; then
         python="$(find_python)" || exit 1
         "$python" -c 'import venv, ensurepip' 2>/dev/null ||
             fail "$("$python" -V) has no venv module; install it (Debian, Ubuntu: apt install $("$python" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'))"
-        [ ! -e .venv ] || echo "The environment in .venv is not whole; making it again"
+        [ ! -e "$VENV" ] || echo "The environment in $VENV is not whole; making it again"
         # --clear empties a half-made one.
-        "$python" -m venv --clear .venv || fail "the environment could not be made in $PWD/.venv"
+        "$python" -m venv --clear "$VENV" || fail "the environment could not be made in $PWD/$VENV"
     fi
     # Their text decides, and the folder: an editable install points to it.
-    wanted="$(.venv/bin/python - <<'PYTHON'
+    wanted="$(CONSTRAINTS="${CONSTRAINTS:-}" "$VENV/bin/python" - <<'PYTHON'
 import hashlib, os, pathlib
-text = b"".join(pathlib.Path(name).read_bytes() for name in ("setup.cfg", "pyproject.toml"))
+names = ("setup.cfg", "pyproject.toml", os.environ["CONSTRAINTS"])
+text = b"".join(pathlib.Path(name).read_bytes() for name in names if name)
 print(hashlib.sha256(text + os.getcwd().encode()).hexdigest())
 PYTHON
-    )" || fail "setup.cfg and pyproject.toml cannot be read in $PWD"
-    if [ "$(cat ".venv/installed${extra:+-$extra}" 2>/dev/null)" != "$wanted" ] &&
-        [ "$(cat .venv/installed-dev 2>/dev/null)" != "$wanted" ]; then # dev holds the rest too
-        echo "Installing into .venv (the first time: some minutes, and some GB where torch comes with CUDA)"
-        .venv/bin/python -m pip install --disable-pip-version-check --quiet -e ".${extra:+[$extra]}" ||
+    )" || fail "setup.cfg and pyproject.toml${CONSTRAINTS:+ and $CONSTRAINTS} cannot be read in $PWD"
+    if [ "$(cat "$VENV/installed${extra:+-$extra}" 2>/dev/null)" != "$wanted" ] &&
+        [ "$(cat "$VENV/installed-dev" 2>/dev/null)" != "$wanted" ]; then # dev holds the rest too
+        echo "Installing into $VENV (the first time: some minutes, and some GB where torch comes with CUDA)"
+        "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet ${CONSTRAINTS:+-c "$CONSTRAINTS"} -e ".${extra:+[$extra]}" ||
             fail "the installation failed (see above); the next start goes on with it"
-        echo "$wanted" >".venv/installed${extra:+-$extra}"
+        echo "$wanted" >"$VENV/installed${extra:+-$extra}"
     fi
 }

@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from backbones.state import sha256_of, write_whole
     from detection.data.coco import CocoIndex
     from detection.engine.runtime import choose_device, keep_freed_memory
-    from detection.inference.exported import is_exported
+    from detection.inference.exported import is_exported, sha256_of_detector
     from detection.inference.folder import Images, Shards, digest, list_images, open_folder
     from detection.inference.predictor import load_detector
     from detection.weights.hub import locate
@@ -132,7 +132,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     open_folder(
         config.out,
         {
-            "checkpoint": sha256_of(file),
+            "checkpoint": sha256_of_detector(file),
             **config.detector_options(),
             "images": len(paths),
             "list": digest(paths),

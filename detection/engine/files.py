@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ _FREE_ON_RESUME: tuple[str, ...] = (
 # What a training alone writes, under its lock: the beginnings that a killed one left can go.
 _WRITTEN = ("last.pt", "best.pt", "config.json", "metrics.jsonl")
 
-_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+_ORPHAN_SECONDS = 30.0
 
 _Value = TypeVar("_Value")
 _Config = TypeVar("_Config", bound="RunConfig")
@@ -120,7 +119,7 @@ def open_run(config: _Config, runtime: Runtime, read: Callable[[Mapping[str, Any
         FileNotFoundError: there is nothing to resume.
     """
     with ExitStack() as stack:
-        content = from_main(runtime, lambda: _open(config.run_dir, config.train.resume, stack))
+        content = from_main(runtime, lambda: _open(config.run_dir, config.train.resume, runtime.repeats, stack))
         if content is None:
             yield Run(folder=config.run_dir, asked=config)
             return
@@ -150,20 +149,20 @@ def from_main(runtime: Runtime, make: Callable[[], _Value]) -> _Value:
     return value
 
 
-def _open(run_dir: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | None:
+def _open(run_dir: Path, resume: bool, repeats: bool, stack: ExitStack) -> dict[str, Any] | None:
     """Locks the folder and gives the checkpoint to go on from, or None for a new run.
 
-    A start that torchrun (``--max-restarts``) or Slurm (``--requeue``) repeats has the command line of the first: it goes
-    on with what there is.
+    A start that ``repeats`` another has the command line of the first: it goes on with what there is.
     """
     last_path = run_dir / "last.pt"
-    if any(int(os.environ.get(name) or 0) > 0 for name in _RESTART_COUNTS):
+    if repeats:
         resume = last_path.exists()
     if resume and not last_path.exists():
         raise FileNotFoundError(
             f"{last_path} is not there, so there is nothing to resume; start without --train.resume"
         )
-    stack.enter_context(_locked(run_dir))
+    # Data workers of a process that was killed hold its lock until they see that it is gone, some seconds later.
+    stack.enter_context(_locked(run_dir, _ORPHAN_SECONDS if repeats else 0))
     for name in _WRITTEN:
         remove_unfinished(run_dir / name)
     if not resume:
@@ -179,12 +178,12 @@ def _open(run_dir: Path, resume: bool, stack: ExitStack) -> dict[str, Any] | Non
 
 
 @contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
+def _locked(run_dir: Path, wait_seconds: float) -> Iterator[None]:
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock")
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=wait_seconds)
     except Timeout:
         raise UserError(
             f"{run_dir}: another training is running in this folder; wait for its end, or use another --run-dir"

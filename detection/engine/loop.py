@@ -24,6 +24,7 @@ from detection.engine.plain import to_plain
 from detection.engine.runtime import Runtime, check_device, seed_everything
 from detection.engine.state import TrainState
 from detection.engine.stopping import StopRequest
+from detection.engine.sync_norm import synchronise_norms
 
 _log = logging.getLogger(__name__)
 
@@ -127,8 +128,8 @@ class TrainConfig:
     epochs: int = 25
     """Passes over the training images."""
     batch_size: int = 24
-    """Images of a batch, over all processes together, so that the same recipe fits 1 GPU and 8. Several processes take the
-    same steps as one, but their batch norms see their own share of the batch alone (GPUs: sync_norm), so weights differ."""
+    """Images of a batch, over all processes together, so that the same recipe fits 1 GPU and 8: they take the steps that one
+    process would."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one step of the optimiser."""
     seed: int = 0
@@ -143,8 +144,9 @@ class TrainConfig:
     """Memory format of the convolutions' weights; more than twice as fast on a CPU."""
     compile: bool = False
     """Compile the training step with torch.compile(fullgraph=True)."""
-    sync_norm: bool = False
-    """Batch norms see the images of all processes (GPUs only; without effect in one process)."""
+    sync_norm: bool = True
+    """Batch norms see the images of all processes, so that these train what one does. It takes an exchange for each norm and
+    step; off, each process normalises its own share of the batch, and weights differ. Without effect in one process."""
     eval_every: int = 1
     """Epochs between evaluations; the last epoch is always evaluated."""
     log_every: int = 20
@@ -217,7 +219,7 @@ class TrainConfig:
         if share == 1 and not (self.sync_norm and world_size > 1):
             raise UserError(
                 f"train.batch_size {self.batch_size} leaves one image for each of {world_size} processes, and batch norm "
-                f"learns nothing from a single image; take at least {2 * world_size}, or on GPUs --train.sync-norm True"
+                f"learns nothing from a single image; take at least {2 * world_size}, or --train.sync-norm True"
             )
         return share
 
@@ -617,9 +619,7 @@ class _Loop:
 def _place_step(step: nn.Module, config: TrainConfig, runtime: Runtime) -> nn.Module:
     """Moves the training step to the device and, for several processes, wraps it."""
     if config.sync_norm and runtime.world_size > 1:
-        if runtime.device.type != "cuda":
-            raise UserError("train.sync_norm works on GPUs alone; leave it off for several processes on a CPU")
-        step = nn.SyncBatchNorm.convert_sync_batchnorm(step)
+        step = synchronise_norms(step, runtime.device, compiled=config.compile)
     step.to(runtime.device)
     if config.channels_last:
         step.to(memory_format=torch.channels_last)

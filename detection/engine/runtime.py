@@ -12,22 +12,26 @@ import random
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones.errors import UserError
 from detection.engine.errors import EXPECTED, tell
+from detection.engine.rendezvous import Meeting, meet
 from detection.engine.streams import LineHandler
 from detection.engine.workers import clear_failures
 
 DeviceChoice: TypeAlias = str | int | torch.device | None
 """What ``choose_device`` takes."""
+
+_RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +44,8 @@ class Runtime:
         local_rank: number of this process on its machine.
         world_size: number of processes of the whole run.
         host_group: the processes as a group that exchanges tensors on the CPU; None where the default group does.
+        repeats: whether this start repeats an earlier one of the same command, by itself: torchrun (``--max-restarts``, or
+            a node that came or went) or Slurm (``--requeue``) did it.
     """
 
     device: torch.device
@@ -47,6 +53,7 @@ class Runtime:
     local_rank: int = 0
     world_size: int = 1
     host_group: dist.ProcessGroup | None = None
+    repeats: bool = False
 
     @property
     def is_main(self) -> bool:
@@ -107,8 +114,7 @@ def open_runtime(
     Process 0 logs from INFO on, the others warnings only. On a GPU matrix products may use TF32, and cuDNN picks the
     quickest convolution for the input sizes it meets: training has a fixed input size.
 
-    N processes that share a batch do not train exactly as one process does: each normalises by the statistics of its own
-    part of the batch (the loss and the gradient are those of the whole one). ``SyncBatchNorm`` makes them equal, on GPUs.
+    N processes that share a batch train as one process does where their batch norms are synchronised (``synchronise_norms``).
 
     A ``UserError`` or the like that ends one of several processes is printed here, because leaving the others can take long.
 
@@ -118,7 +124,8 @@ def open_runtime(
         deterministic: on a GPU take the operators that give the same bits every time, for the rest of the process.
 
     Raises:
-        UserError: see ``choose_device``; a device that several processes cannot share; a data worker that was killed.
+        UserError: see ``choose_device``; a device that several processes cannot share; a process that did not come; a data
+            worker that was killed.
     """
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -146,19 +153,23 @@ def open_runtime(
         if deterministic:
             choose_deterministic_operators()
 
-    host_group: dist.ProcessGroup | None = None
+    runtime = Runtime(device=chosen, rank=rank, local_rank=local_rank, world_size=world_size)
+    repeats = any(int(os.environ.get(name) or 0) > 0 for name in _RESTART_COUNTS)
+    meeting = _meet(rank, world_size)
     if world_size > 1:
+        assert meeting is not None
         # Default arguments of this module are the group that is open when it is first imported, and DDP imports it: such a
         # group outlives destroy_process_group, and one of Gloo's threads that lives on can abort the interpreter's end.
         importlib.import_module("torch.distributed.nn.functional")
+        backend, device_id = ("nccl", chosen) if chosen.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=meeting.store, rank=rank, world_size=world_size, device_id=device_id)
         if chosen.type == "cuda":
-            dist.init_process_group("nccl", device_id=chosen)
-            host_group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        else:
-            dist.init_process_group("gloo")
+            runtime = replace(runtime, host_group=cast(dist.ProcessGroup, dist.new_group(backend="gloo")))
+        (repeats,) = runtime.any_over_processes(repeats)  # a node counts the failures of its own processes alone
+    runtime = replace(runtime, repeats=repeats or (meeting is not None and meeting.starts > 1))
     try:
         with clear_failures():
-            yield Runtime(device=chosen, rank=rank, local_rank=local_rank, world_size=world_size, host_group=host_group)
+            yield runtime
     except EXPECTED as error:
         if world_size > 1:
             tell(error, f"[{rank}] ")
@@ -166,6 +177,18 @@ def open_runtime(
     finally:
         if world_size > 1:
             dist.destroy_process_group()
+
+
+def _meet(rank: int, world_size: int) -> Meeting | None:
+    """With the other processes of this start; None where there are none and torchrun keeps no count of starts.
+
+    Raises:
+        UserError: see ``meet``.
+    """
+    if world_size == 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    store, _, _ = next(dist.rendezvous("env://"))
+    return meet(store, rank, world_size, default_pg_timeout)
 
 
 def choose_deterministic_operators() -> None:

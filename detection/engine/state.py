@@ -131,8 +131,8 @@ class TrainState:
         was = training.get("world_size", self.world_size)
         if was != self.world_size:
             _log.warning(
-                "%s: this run had %d process%s and goes on with %d: the same batches, but batch norms and random numbers "
-                "differ from what they would have been",
+                "%s: this run had %d process%s and goes on with %d: the same batches, but random "
+                "numbers (dropout) and, without train.sync_norm, batch norms differ from what they would have been",
                 source.parent, was, "" if was == 1 else "es", self.world_size,
             )  # fmt: skip
         self.epoch, self.step, self.metrics = content["epoch"], content["step"], content["metrics"]

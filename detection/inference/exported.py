@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from backbones.errors import UserError
-from backbones.state import existing_file
+from backbones.state import existing_file, sha256_of
 from detection.engine.plain import from_plain, to_plain
 from detection.inference.runners import OnnxRuntimeRunner, OpenVinoRunner, as_predictions, openvino_core
 from detection.models.build import build_detector, config_type
@@ -126,6 +126,12 @@ class ExportRecord:
 def is_exported(path: str | Path) -> bool:
     """Whether a file's name has the ending of an exported file."""
     return Path(path).suffix.lower() in SUFFIXES
+
+
+def sha256_of_detector(path: Path) -> str:
+    """The SHA-256 of a detector's file; of an OpenVINO file and of its weights beside it, joined by "+"."""
+    weights = [path.with_suffix(".bin")] if path.suffix.lower() == ".xml" else []
+    return "+".join(sha256_of(one) for one in (path, *weights))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -18,7 +18,7 @@ from detection.models.box_coders import DistributionBoxCoder, log_softmax
 from detection.models.build import build_detector
 from detection.models.detector import Detector, DetectorConfig
 from detection.structures import RawPredictions
-from detection.training.losses import mean_over_processes
+from detection.training.losses import normaliser_over_processes
 from detection.weights.hub import locate
 from detection.weights.native import read_detector
 
@@ -155,7 +155,7 @@ class Distillation(torch.nn.Module):
             codes = said.codes.float()
             scores = theirs.softmax(-1) if self.softmax else theirs.sigmoid()
             weight = scores[..., self.first_column :].amax(-1)  # [B, A]
-            normaliser = mean_over_processes(weight.sum()).clamp(min=1.0)
+            normaliser = normaliser_over_processes(weight.sum())
         A = theirs.shape[1]
         ours, our_codes = raw.class_logits[:, :A].float(), raw.codes[:, :A].float()
         if self.softmax:

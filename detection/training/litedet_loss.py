@@ -15,7 +15,7 @@ from detection.boxes import giou
 from detection.models.box_coders import DistributionBoxCoder, log_softmax
 from detection.models.detector import Detector, DetectorConfig
 from detection.structures import RawPredictions, Target
-from detection.training.losses import DetectionLoss, LossConfig, mean_over_processes
+from detection.training.losses import DetectionLoss, LossConfig, normaliser_over_processes
 from detection.training.task_aligned import TaskAlignedAssigner, TaskAlignedConfig
 
 
@@ -114,7 +114,7 @@ class LiteDetLoss(DetectionLoss):
             boxes = torch.where(positive[..., None], boxes, anchors)
             qualities = torch.zeros_like(logits).scatter(2, labels[..., None], quality[..., None])
             bin_weights = self.box_coder.bin_weights(boxes, anchors)
-            normaliser = mean_over_processes(quality.sum()).clamp(min=1.0)
+            normaliser = normaliser_over_processes(quality.sum())
 
         errors = F.binary_cross_entropy_with_logits(logits, qualities, reduction="none")
         loss_class = (errors * (qualities - logits.sigmoid()).abs() ** self.config.focal_gamma).sum() / normaliser

@@ -100,11 +100,15 @@ class TrainingStep(nn.Module):
         return losses
 
 
-def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a scalar over all processes; itself where there is one process."""
+def normaliser_over_processes(value: Tensor) -> Tensor:
+    """What a process divides its errors by, so that the mean over processes is what one process alone would get.
+
+    Args:
+        value: [], this process's part of what that one would divide by; all parts together count as at least 1.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         import torch.distributed._functional_collectives as collectives  # in-graph, unlike dist.all_reduce
 
         total: Tensor = collectives.all_reduce(value, "sum", torch.distributed.group.WORLD)  # type: ignore[arg-type]
-        return total / torch.distributed.get_world_size()
-    return value
+        return total.clamp(min=1.0) / torch.distributed.get_world_size()
+    return value.clamp(min=1.0)

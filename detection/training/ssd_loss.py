@@ -16,7 +16,7 @@ from detection.models.box_coders import BoxCoder, SSDBoxCoder
 from detection.models.detector import Detector, DetectorConfig, Score
 from detection.structures import RawPredictions, Target
 from detection.training.assignment import MatcherConfig, SSDAssigner
-from detection.training.losses import DetectionLoss, LossConfig, mean_over_processes
+from detection.training.losses import DetectionLoss, LossConfig, normaliser_over_processes
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,7 +125,7 @@ class SSDLoss(DetectionLoss):
             # The target of an anchor without an object is the anchor itself: finite numbers, which are then masked out.
             boxes = torch.where(positive[..., None], boxes, raw.anchors)
             columns = torch.where(positive, labels + self.first_column, 0)
-            normaliser = mean_over_processes(positive.sum().float()).clamp(min=1.0)
+            normaliser = normaliser_over_processes(positive.sum().float())
 
         box_errors = F.smooth_l1_loss(
             codes,
