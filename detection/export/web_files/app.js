@@ -10,15 +10,14 @@ const LONGEST_VIEW = 2000; // pixels of the drawn image
 let worker, record;
 let shown = null; // {bitmap, rows, milliseconds} of the image or frame on the stage
 let video = null; // the <video> that frames come from, of a file or of the camera
-let waiting = null; // called with what the worker finds
+let waiting = []; // {resolve, reject} of what was given to the worker, whose answers come in that order
 let facing = "environment";
-let finished = []; // times of the last frames
 
 // ---------------------------------------------------------------- the network
 
 function openWorker(backend) {
   worker?.terminate();
-  waiting = null;
+  waiting = [];
   setState("loading", "Loading");
   worker = new Worker("worker.js", { type: "module" });
   worker.onmessage = ({ data }) => answers[data.kind](data);
@@ -29,26 +28,23 @@ function openWorker(backend) {
 const answers = {
   loading: ({ text }) => setState("loading", text),
   failed: ({ text }) => {
-    waiting = null;
-    fail(text);
+    if (waiting.length) waiting.shift().reject(new Error(text));
+    else fail(text);
   },
   ready: (given) => {
     record = given.record;
     describe(given);
     setState("ready", "");
-    if (shown) showImage(shown.bitmap);
-    else if (video) play();
+    if (video) play();
+    else if (shown) createImageBitmap(shown.bitmap).then(showImage);
   },
-  found: (found) => {
-    const take = waiting;
-    waiting = null;
-    take?.(found);
-  },
+  found: (found) => waiting.shift().resolve(found),
 };
 
+/** What is in an image, which the worker hands back with it: {bitmap, rows, milliseconds}. */
 function detect(bitmap) {
-  return new Promise((resolve) => {
-    waiting = resolve;
+  return new Promise((resolve, reject) => {
+    waiting.push({ resolve, reject });
     worker.postMessage({ kind: "run", bitmap }, [bitmap]);
   });
 }
@@ -75,17 +71,22 @@ async function openFile(file) {
 
 async function showImage(bitmap) {
   setState("working", "Looking");
-  const found = await detect(bitmap);
-  show(found);
-  setState("done", "");
+  try {
+    const found = await detect(bitmap);
+    if (video) return; // opened meanwhile
+    show(found);
+    setState("done", "");
+  } catch (error) {
+    fail(error.message);
+  }
 }
 
 async function openVideo(file) {
-  const element = newVideo();
-  element.src = URL.createObjectURL(file);
-  element.onended = () => setPaused(true);
+  const source = newVideo();
+  source.src = URL.createObjectURL(file);
+  source.onended = () => setPaused(true);
   try {
-    await element.play();
+    await source.play();
   } catch {
     stop();
     return fail(`${file.name} is not an image or a video that this browser can read`);
@@ -97,21 +98,21 @@ async function openCamera() {
   stop();
   if (!navigator.mediaDevices) return fail("A browser lends its camera to https and to localhost alone; see serve.py");
   setState("working", "Waiting for the camera");
-  const element = newVideo();
+  const source = newVideo();
   try {
     const wanted = { facingMode: facing, width: { ideal: 1280 }, height: { ideal: 720 } };
     const stream = await navigator.mediaDevices.getUserMedia({ video: wanted, audio: false });
-    if (video !== element) return stream.getTracks().forEach((track) => track.stop()); // something else was opened
-    element.srcObject = stream;
-    await element.play();
+    if (video !== source) return stream.getTracks().forEach((track) => track.stop()); // something else was opened
+    source.srcObject = stream;
+    await source.play();
   } catch (error) {
-    if (video !== element) return;
+    if (video !== source) return;
     stop();
     const reasons = { NotAllowedError: "the permission was not given", NotFoundError: "there is none" };
     return fail(`The camera cannot be used: ${reasons[error.name] || error.message}`);
   }
   const devices = await navigator.mediaDevices.enumerateDevices();
-  element.dataset.cameras = devices.filter((device) => device.kind === "videoinput").length;
+  source.dataset.cameras = devices.filter((device) => device.kind === "videoinput").length;
   play();
 }
 
@@ -135,37 +136,43 @@ function stop() {
 
 /** Frame after frame, as fast as the network takes them; what it had no time for is passed over. */
 async function play() {
-  const element = video;
-  finished = [];
+  const source = video;
+  let finished = []; // when the last frames were
   shown = null;
   controls();
   setState("playing", "");
-  while (video === element) {
-    if (element.readyState < 2 || (element.paused && shown?.at === element.currentTime)) {
-      await pause(30);
+  while (video === source) {
+    if (source.readyState < 2 || (source.paused && shown?.at === source.currentTime)) {
+      await sleep(30);
       continue;
     }
-    const at = element.currentTime;
-    const found = await detect(await createImageBitmap(element));
-    if (video !== element) return;
+    const at = source.currentTime;
+    let found;
+    try {
+      found = await detect(await createImageBitmap(source));
+    } catch (error) {
+      if (video === source) stop();
+      return fail(error.message);
+    }
+    if (video !== source) return;
     show({ ...found, at });
     finished.push(performance.now());
     finished = finished.slice(-20);
-    if (finished.length > 1 && !element.paused) {
+    if (finished.length > 1 && !source.paused) {
       const rate = (1000 * (finished.length - 1)) / (finished.at(-1) - finished[0]);
-      element_text("rate", rate.toFixed(rate < 10 ? 1 : 0));
+      write("rate", rate.toFixed(rate < 10 ? 1 : 0));
     }
-    if (element.duration && document.activeElement !== seek) seek.value = at / element.duration;
-    await nextFrame(element);
+    if (source.duration && document.activeElement !== seek) seek.value = at / source.duration;
+    await nextFrame(source);
   }
 }
 
-const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+const sleep = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 
 /** When the video has another frame, or it has been a moment. */
-function nextFrame(element) {
-  const wait = [pause(100)];
-  if (element.requestVideoFrameCallback) wait.push(new Promise((resolve) => element.requestVideoFrameCallback(resolve)));
+function nextFrame(source) {
+  const wait = [sleep(100)];
+  if (source.requestVideoFrameCallback) wait.push(new Promise((resolve) => source.requestVideoFrameCallback(resolve)));
   return Promise.race(wait);
 }
 
@@ -174,7 +181,7 @@ function nextFrame(element) {
 function show(found) {
   if (shown && shown.bitmap !== found.bitmap) shown.bitmap.close();
   shown = found;
-  element_text("time", `${found.milliseconds.toFixed(found.milliseconds < 10 ? 1 : 0)} ms`);
+  write("time", `${found.milliseconds.toFixed(found.milliseconds < 10 ? 1 : 0)} ms`);
   view.hidden = false;
   element("welcome").hidden = true;
   draw();
@@ -234,7 +241,7 @@ function colour(label) {
 }
 
 function list(rows) {
-  element_text("count", rows.length);
+  write("count", rows.length);
   const counts = new Map();
   for (const row of rows) counts.set(row[5], (counts.get(row[5]) || 0) + 1);
   element("legend").replaceChildren(
@@ -260,9 +267,9 @@ function list(rows) {
 function describe({ backend, threads, webgpu }) {
   const { record: inner, names, input } = record;
   const classes = names.length === 1 ? names[0] : `${names.length} classes: ${names.slice(0, 8).join(", ")}${names.length > 8 ? ", …" : ""}`;
-  element_text("summary", classes);
+  write("summary", classes);
   const runs = backend === "webgpu" ? "WebGPU" : `WebAssembly, ${threads} thread${threads === 1 ? "" : "s"}`;
-  element_text("runtime", webgpu ? "" : `Runs on ${runs}.`);
+  write("runtime", webgpu ? "" : `Runs on ${runs}.`);
   element("backend-row").hidden = !webgpu;
   element("backend").value = backend;
   document.body.dataset.backend = backend;
@@ -291,7 +298,7 @@ function describe({ backend, threads, webgpu }) {
 // ---------------------------------------------------------------- the page
 
 const make = (tag, text) => Object.assign(document.createElement(tag), { textContent: text });
-const element_text = (id, text) => { element(id).textContent = text; };
+const write = (id, text) => { element(id).textContent = text; };
 
 function setState(state, text) {
   document.body.dataset.state = state;
@@ -313,18 +320,18 @@ function controls() {
   element("pause").hidden = !file;
   element("seeking").hidden = !file;
   element("save").hidden = !shown;
-  if (!video) element_text("rate", "-");
+  if (!video) write("rate", "-");
 }
 
 function setPaused(paused) {
   if (!video) return;
   if (paused) video.pause();
   else video.play();
-  element_text("pause", paused ? "Play" : "Pause");
+  write("pause", paused ? "Play" : "Pause");
 }
 
 function showThreshold() {
-  element_text("threshold-text", element("recorded").checked ? "–" : Number(threshold.value).toFixed(2));
+  write("threshold-text", element("recorded").checked ? "–" : Number(threshold.value).toFixed(2));
   draw();
 }
 

@@ -11,6 +11,7 @@ A plain "python -m http.server" does too; the page then computes with one thread
 """
 
 import argparse
+import contextlib
 import http.server
 import ssl
 from functools import partial
@@ -18,7 +19,7 @@ from pathlib import Path
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    extensions_map = {
+    extensions_map = {  # noqa: RUF012  as the class above has it
         **http.server.SimpleHTTPRequestHandler.extensions_map,
         # Not what the system says: a browser runs scripts and WebAssembly under these names alone.
         ".js": "text/javascript",
@@ -51,10 +52,8 @@ def main():
         server.socket = context.wrap_socket(server.socket, server_side=True)
     host = "localhost" if arguments.bind in ("127.0.0.1", "0.0.0.0") else arguments.bind
     print(f"{scheme}://{host}:{server.server_port}", flush=True)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
-    except KeyboardInterrupt:
-        pass
 
 
 if __name__ == "__main__":
