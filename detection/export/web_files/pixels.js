@@ -113,7 +113,7 @@ function taps(length, of) {
     }
     begin.push(place.length);
   }
-  return { begin, place, weight };
+  return { begin: Int32Array.from(begin), place: Int32Array.from(place), weight: Float32Array.from(weight) };
 }
 
 function between(position, share, from) {
@@ -131,11 +131,11 @@ function linear(from, to) {
   });
 }
 
-/** TensorFlow 1: corner to corner, to 1/32 of a pixel as OpenCV's warpAffine does it. */
+/** TensorFlow 1: corner to corner. */
 function linearFromCorner(from, to) {
   const scale = from / to;
   return taps(to, (index) => {
-    const position = Math.round(index * scale * 32) / 32;
+    const position = index * scale;
     return between(Math.floor(position), position - Math.floor(position), from);
   });
 }
