@@ -198,12 +198,16 @@ function draw() {
   if (!shown) return;
   const { bitmap } = shown;
   const rows = visible();
-  const scale = Math.min(1, LONGEST_VIEW / Math.max(bitmap.width, bitmap.height));
+  view.style.setProperty("--aspect", bitmap.width / bitmap.height);
+  // As fine as the screen shows it, or as the image is.
+  const finest = Math.max(bitmap.width, view.clientWidth * devicePixelRatio);
+  const scale = Math.min(finest / bitmap.width, LONGEST_VIEW / Math.max(bitmap.width, bitmap.height));
   const width = Math.round(bitmap.width * scale), height = Math.round(bitmap.height * scale);
   if (view.width !== width || view.height !== height) {
     view.width = width;
     view.height = height;
   }
+  context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, width, height);
   drawBoxes(rows, scale, view.width / (view.clientWidth || view.width));
   list(rows);
@@ -212,20 +216,32 @@ function draw() {
 
 /** @param {number} dot pixels of the canvas to a pixel of the page: lines and letters look the same on any image */
 function drawBoxes(rows, scale, dot) {
-  const size = 13 * dot;
+  const size = (view.clientWidth < 500 ? 11 : 13) * dot;
+  const high = size + 6 * dot;
   context.font = `600 ${size}px system-ui, sans-serif`;
   context.textBaseline = "middle";
   context.lineJoin = "round";
-  for (const [x1, y1, x2, y2, score, label] of [...rows].reverse()) { // the best on top
-    const [left, top, right, bottom] = [x1, y1, x2, y2].map((value) => value * scale);
-    const { fill, ink } = colour(label);
+  const taken = []; // by the labels of better ones
+  const placed = rows.map(([x1, y1, x2, y2, score, label]) => {
+    const box = [x1 * scale, y1 * scale, (x2 - x1) * scale, (y2 - y1) * scale];
+    const text = `${record.names[label] ?? label} ${score.toFixed(2)}`;
+    const wide = context.measureText(text).width + 8 * dot;
+    const x = Math.max(0, Math.min(box[0] - 1.25 * dot, view.width - wide));
+    const above = box[1] - high, inside = box[1], below = box[1] + box[3];
+    const free = (y) => y >= 0 && y + high <= view.height && !taken.some(
+      (other) => x < other[0] + other[2] && other[0] < x + wide && y < other[1] + high && other[1] < y + high,
+    );
+    const y = [above, inside, below].find(free) ?? Math.max(0, above);
+    const place = [x, y, wide];
+    taken.push(place);
+    return { box, text, place, ...colour(label) };
+  });
+  for (const { box, fill } of placed.reverse()) { // the best on top
     context.strokeStyle = fill;
     context.lineWidth = 2.5 * dot;
-    context.strokeRect(left, top, right - left, bottom - top);
-    const text = `${record.names[label] ?? label} ${score.toFixed(2)}`;
-    const wide = context.measureText(text).width + 8 * dot, high = size + 6 * dot;
-    const x = Math.max(0, Math.min(left - 1.25 * dot, view.width - wide));
-    const y = top - high >= 0 ? top - high : Math.min(top, view.height - high);
+    context.strokeRect(...box);
+  }
+  for (const { text, place: [x, y, wide], fill, ink } of placed) {
     context.fillStyle = fill;
     context.fillRect(x, y, wide, high);
     context.fillStyle = ink;
@@ -267,7 +283,7 @@ function list(rows) {
 function describe({ backend, threads, webgpu }) {
   const { record: inner, names, input } = record;
   const classes = names.length === 1 ? names[0] : `${names.length} classes: ${names.slice(0, 8).join(", ")}${names.length > 8 ? ", …" : ""}`;
-  write("summary", classes);
+  write("summary", `Finds ${classes}`);
   const runs = backend === "webgpu" ? "WebGPU" : `WebAssembly, ${threads} thread${threads === 1 ? "" : "s"}`;
   write("runtime", webgpu ? "" : `Runs on ${runs}.`);
   element("backend-row").hidden = !webgpu;
@@ -320,6 +336,7 @@ function controls() {
   element("pause").hidden = !file;
   element("seeking").hidden = !file;
   element("save").hidden = !shown;
+  element("legend").hidden = !shown;
   if (!video) write("rate", "-");
 }
 
