@@ -216,7 +216,8 @@ function draw() {
 
 /** @param {number} dot pixels of the canvas to a pixel of the page: lines and letters look the same on any image */
 function drawBoxes(rows, scale, dot) {
-  const size = (view.clientWidth < 500 ? 11 : 13) * dot;
+  const narrow = view.clientWidth < 500;
+  const size = (narrow ? 11 : 13) * dot;
   const high = size + 6 * dot;
   context.font = `600 ${size}px system-ui, sans-serif`;
   context.textBaseline = "middle";
@@ -224,7 +225,8 @@ function drawBoxes(rows, scale, dot) {
   const taken = []; // by the labels of better ones
   const placed = rows.map(([x1, y1, x2, y2, score, label]) => {
     const box = [x1 * scale, y1 * scale, (x2 - x1) * scale, (y2 - y1) * scale];
-    const text = `${record.names[label] ?? label} ${score.toFixed(2)}`;
+    const name = narrow && record.names.length === 1 ? "" : `${record.names[label] ?? label} `; // it goes without saying
+    const text = name + score.toFixed(2);
     const wide = context.measureText(text).width + 8 * dot;
     const x = Math.max(0, Math.min(box[0] - 1.25 * dot, view.width - wide));
     const above = box[1] - high, inside = box[1], below = box[1] + box[3];

@@ -43,7 +43,7 @@ async function open(wanted) {
 
 async function started(model, backend) {
   self.postMessage({ kind: "loading", text: "Starting the network" });
-  const made = await ort.InferenceSession.create(model, { executionProviders: [backend] });
+  const made = await ort.InferenceSession.create(model, { executionProviders: [backend], logSeverityLevel: 3 });
   const { width, height } = record.input;
   await made.run({ images: new ort.Tensor("uint8", new Uint8Array(3 * width * height), [1, 3, height, width]) }); // the first is slow
   return made;
@@ -51,7 +51,8 @@ async function started(model, backend) {
 
 async function hasWebGpu() {
   try {
-    return Boolean(await navigator.gpu?.requestAdapter());
+    const adapter = await navigator.gpu?.requestAdapter();
+    return Boolean(adapter) && !adapter.info?.isFallbackAdapter; // one in software is slower than WebAssembly
   } catch {
     return false;
   }
