@@ -116,7 +116,8 @@ def test_npm_is_asked_once_and_its_package_is_kept(tmp_path: Path, monkeypatch: 
         locate_runtime("9.9.9")
     assert not kept.parent.exists()
 
-    write = "open(sys.argv[sys.argv.index('--pack-destination') + 1] + '/onnxruntime-web-' + sys.argv[2].split('@')[1] + '.tgz', 'wb').write(b'it')"
+    folder = "sys.argv[sys.argv.index('--pack-destination') + 1]"
+    write = f"open({folder} + '/onnxruntime-web-' + sys.argv[2].split('@')[1] + '.tgz', 'wb').write(b'it')"
     fake_npm(tmp_path / "working", write)
     monkeypatch.setenv("PATH", str(tmp_path / "working"))
     assert locate_runtime() == kept
