@@ -76,7 +76,8 @@ prepare_apart() {
 }
 
 show_packages_to() {
-    local ours
-    ours="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" &&
-        echo "$ours" >"$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth"
+    local ours theirs
+    ours="$(.venv/bin/python -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")')" &&
+        theirs="$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" &&
+        echo "$ours" >"$theirs/ours.pth"
 }
