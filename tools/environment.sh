@@ -61,7 +61,8 @@ PYTHON
 prepare_apart() {
     local name="$1" base="$2" folder=".venv-$1" wanted
     shift 2
-    wanted="$name $base $* $(cat .venv/installed-dev)"
+    wanted="$base $*"
+    [ "$base" = without ] || wanted="$wanted $(cat .venv/installed-dev)" # of setup.cfg, which says what ours are
     [ "$(cat "$folder/installed" 2>/dev/null)" != "$wanted" ] || return 0
     echo "Installing $* into $folder (the first time: some minutes)"
     if .venv/bin/python -m venv --clear "$folder" &&
