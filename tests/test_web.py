@@ -32,7 +32,7 @@ from detection.export.calibration import network_inputs
 from detection.export.module import RawHeads
 from detection.export.run import ExportJob, export
 from detection.export.web import PAGE_FILES, write_page
-from detection.export.web_runtime import FILES, VERSION, locate_runtime, runtime_files
+from detection.export.web_runtime import VERSION, WASM_FILES, WEBGPU_FILES, locate_runtime, runtime_files
 from detection.images.place import place
 from detection.inference.exported import open_exported
 from detection.structures import Detections
@@ -68,13 +68,14 @@ def packed(folder: Path, files: dict[str, bytes], name: str = "onnxruntime-web")
 
 
 def all_files() -> dict[str, bytes]:
-    return {f"package/dist/{name}": name.encode() for name in FILES}
+    return {f"package/dist/{name}": name.encode() for name in (*WASM_FILES, *WEBGPU_FILES)}
 
 
 def test_the_runtime_is_taken_from_a_package(tmp_path: Path) -> None:
     found = runtime_files(packed(tmp_path, all_files()))
     assert found.pop("README.txt") == b"onnxruntime-web 1.30.0, licence MIT, as published on the npm registry.\n"
-    assert found == {name: name.encode() for name in FILES}
+    assert found == {name: name.encode() for name in (*WASM_FILES, *WEBGPU_FILES)}
+    assert runtime_files(packed(tmp_path, all_files()), webgpu=False).keys() == {*WASM_FILES, "README.txt"}
 
 
 def test_packages_that_will_not_do(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A static page that runs a detector in a browser: the model, its record, our page, and onnxruntime-web beside it."""
 
+import json
 from pathlib import Path
 
 from detection.export.folder import model_files, write_folder
@@ -26,5 +27,8 @@ def write_page(exported: Path, folder: Path, runtime: Path) -> list[str]:
     """
     content = model_files(exported, ("onnx",))
     content |= {name: (_PAGE / name).read_bytes() for name in PAGE_FILES}
-    content |= {f"ort/{name}": data for name, data in runtime_files(runtime).items()}
+    eight_bits = (
+        json.loads(content["model.json"])["record"]["precision"] == "int8"
+    )  # worker.js runs them on WebAssembly
+    content |= {f"ort/{name}": data for name, data in runtime_files(runtime, webgpu=not eight_bits).items()}
     return write_folder(folder, content)

@@ -18,13 +18,9 @@ from detection.weights.hub import cache_dir
 PACKAGE = "onnxruntime-web"
 VERSION = "1.30.0"
 """The one that the page was tested with."""
-# Two builds, of which a browser loads one: WebAssembly alone, and WebGPU, which falls back on WebAssembly.
-FILES = (
-    "ort.wasm.bundle.min.mjs",
-    "ort-wasm-simd-threaded.wasm",
-    "ort.webgpu.bundle.min.mjs",
-    "ort-wasm-simd-threaded.asyncify.wasm",
-)
+# Two builds, of which a browser loads one: for WebAssembly, and for WebGPU, which falls back on WebAssembly.
+WASM_FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
+WEBGPU_FILES = ("ort.webgpu.bundle.min.mjs", "ort-wasm-simd-threaded.asyncify.wasm")
 _TIMEOUT = 600  # seconds
 
 
@@ -71,11 +67,12 @@ def locate_runtime(given: str | None = None) -> Path:
     return kept
 
 
-def runtime_files(package: Path) -> dict[str, bytes]:
+def runtime_files(package: Path, webgpu: bool = True) -> dict[str, bytes]:
     """The files of it that a page needs.
 
     Args:
         package: a ``.tgz`` as npm packs it.
+        webgpu: with the build for WebGPU.
 
     Returns:
         Content by name, with a ``README.txt`` that says what and whose it is.
@@ -85,7 +82,8 @@ def runtime_files(package: Path) -> dict[str, bytes]:
     """
     try:
         with tarfile.open(package) as archive:
-            content = {name: _member(archive, f"package/dist/{name}") for name in FILES}
+            names = (*WASM_FILES, *WEBGPU_FILES) if webgpu else WASM_FILES
+            content = {name: _member(archive, f"package/dist/{name}") for name in names}
             about = json.loads(_member(archive, "package/package.json"))
     except KeyError as error:
         raise UserError(f"{package} has no {error.args[0]}; {PACKAGE} {VERSION} has what the page needs") from error
