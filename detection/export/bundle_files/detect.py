@@ -135,14 +135,14 @@ def draw(image, detections):
     line = max(2, round(max(image.shape[:2]) / 400))
     letters = max(0.5, max(image.shape[:2]) / 1400)
     for found in reversed(detections):
-        colour = colour_of(found.label)
         x1, y1, x2, y2 = (round(value) for value in found.box)
-        cv2.rectangle(image, (x1, y1), (x2, y2), colour, line)
+        cv2.rectangle(image, (x1, y1), (x2, y2), colour_of(found.label), line)
+    for found in reversed(detections):
         text = f"{found.name} {found.score:.2f}"
         (width, height), below = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, letters, line // 2)
-        x = max(0, min(x1, image.shape[1] - width - 6))
-        y = max(y1, height + below + 4)
-        cv2.rectangle(image, (x, y - height - below - 4), (x + width + 6, y), colour, cv2.FILLED)
+        x = max(0, min(round(found.box[0]), image.shape[1] - width - 6))
+        y = max(round(found.box[1]), height + below + 4)
+        cv2.rectangle(image, (x, y - height - below - 4), (x + width + 6, y), colour_of(found.label), cv2.FILLED)
         place = (x + 3, y - below - 1)
         cv2.putText(image, text, place, cv2.FONT_HERSHEY_SIMPLEX, letters, (0, 0, 0), line // 2, cv2.LINE_AA)
     return image
