@@ -45,29 +45,105 @@ function copy(pixels, width, height, planes, planeWidth, left, top) {
   }
 }
 
-/** @returns {Uint8Array} RGB [height, width, 3] */
+/** @returns {Uint8Array | Uint8ClampedArray} RGB [height, width, 3] */
 function resize(image, width, height, asTensorFlow) {
-  const out = new Uint8Array(3 * width * height);
-  const source = image.data;
-  if (image.width === width && image.height === height) {
-    for (let from = 0, to = 0; to < out.length; from += 4, to += 3) {
-      out[to] = source[from];
-      out[to + 1] = source[from + 1];
-      out[to + 2] = source[from + 2];
+  if (image.width === width && image.height === height) return withoutAlpha(image.data);
+  if (asTensorFlow) return bilinearFromCorner(image, width, height);
+  if (image.height <= 2 * height && image.width <= 2 * width) return bilinear(image, width, height);
+  return averaged(image, width, height, image.height >= height && image.width >= width ? area : linearByArea);
+}
+
+function withoutAlpha(source) {
+  const out = new Uint8Array((3 * source.length) / 4);
+  for (let from = 0, to = 0; to < out.length; from += 4, to += 3) {
+    out[to] = source[from];
+    out[to + 1] = source[from + 1];
+    out[to + 2] = source[from + 2];
+  }
+  return out;
+}
+
+/** OpenCV's INTER_LINEAR, in its integers: weights of 11 bits, middle of pixel to middle of pixel. */
+function bilinear(image, width, height) {
+  const axis = (from, to) => {
+    const first = new Int32Array(to), second = new Int32Array(to), share = new Int32Array(to), rest = new Int32Array(to);
+    for (let index = 0; index < to; index++) {
+      const middle = Math.fround((index + 0.5) * (from / to) - 0.5);
+      let place = Math.floor(middle), part = Math.fround(middle - place);
+      if (place < 0 || place >= from - 1) {
+        place = Math.min(Math.max(place, 0), from - 1);
+        part = 0;
+      }
+      first[index] = place;
+      second[index] = Math.min(place + 1, from - 1);
+      share[index] = roundHalfEven(part * 2048);
+      rest[index] = roundHalfEven(Math.fround(1 - part) * 2048);
     }
-    return out;
+    return { first, second, share, rest };
+  };
+  const source = image.data, columns = axis(image.width, width), rows = axis(image.height, height);
+  const made = new Map(); // rows of the source, resized across
+  const across = (y) => {
+    let row = made.get(y);
+    if (row) return row;
+    row = new Int32Array(3 * width);
+    for (let x = 0, to = 0; x < width; x++) {
+      let one = 4 * (y * image.width + columns.first[x]), other = 4 * (y * image.width + columns.second[x]);
+      for (let channel = 0; channel < 3; channel++) {
+        row[to++] = source[one++] * columns.rest[x] + source[other++] * columns.share[x];
+      }
+    }
+    made.set(y, row);
+    return row;
+  };
+  const out = new Uint8Array(3 * width * height);
+  for (let y = 0, to = 0; y < height; y++) {
+    const upper = across(rows.first[y]), lower = across(rows.second[y]);
+    const rest = rows.rest[y], share = rows.share[y];
+    for (const kept of made.keys()) if (kept < rows.first[y]) made.delete(kept);
+    for (let index = 0; index < upper.length; index++) {
+      out[to++] = (((rest * (upper[index] >> 4)) >> 16) + ((share * (lower[index] >> 4)) >> 16) + 2) >> 2;
+    }
   }
-  let rule = linear;
-  if (asTensorFlow) rule = linearFromCorner;
-  else if (image.height > 2 * height || image.width > 2 * width) {
-    rule = image.height >= height && image.width >= width ? area : linearByArea;
+  return out;
+}
+
+/** TensorFlow 1's bilinear, as OpenCV's warpAffine computes it in float32: corner to corner. */
+function bilinearFromCorner(image, width, height) {
+  const axis = (from, to) => {
+    const first = new Int32Array(to), second = new Int32Array(to), share = new Float32Array(to);
+    const scale = Math.fround(from / to);
+    for (let index = 0; index < to; index++) {
+      const position = Math.fround(index * scale), place = Math.floor(position);
+      first[index] = Math.min(place, from - 1);
+      second[index] = Math.min(place + 1, from - 1);
+      share[index] = position - place;
+    }
+    return { first, second, share };
+  };
+  const between = (one, other, share) => Math.fround(one + Math.fround(share * Math.fround(other - one)));
+  const source = image.data, columns = axis(image.width, width), rows = axis(image.height, height);
+  const out = new Uint8ClampedArray(3 * width * height); // which rounds halves to even, as OpenCV does
+  for (let y = 0, to = 0; y < height; y++) {
+    const upper = rows.first[y] * image.width, lower = rows.second[y] * image.width, down = rows.share[y];
+    for (let x = 0; x < width; x++) {
+      const left = columns.first[x], right = columns.second[x], share = columns.share[x];
+      for (let channel = 0; channel < 3; channel++) {
+        const above = between(source[4 * (upper + left) + channel], source[4 * (upper + right) + channel], share);
+        const below = between(source[4 * (lower + left) + channel], source[4 * (lower + right) + channel], share);
+        out[to++] = between(above, below, down);
+      }
+    }
   }
-  const columns = rule(image.width, width);
-  const rows = rule(image.height, height);
-  // Across, then down. Of the rows across only those are made that a row of the result asks for.
-  const across = new Map();
-  const rowAcross = (y) => {
-    let row = across.get(y);
+  return out;
+}
+
+/** Across, then down, each pixel as the rule says what it is made of. */
+function averaged(image, width, height, rule) {
+  const source = image.data, columns = rule(image.width, width), rows = rule(image.height, height);
+  const made = new Map(); // rows of the source, resized across
+  const across = (y) => {
+    let row = made.get(y);
     if (row) return row;
     row = new Float32Array(3 * width);
     const line = 4 * y * image.width;
@@ -84,19 +160,19 @@ function resize(image, width, height, asTensorFlow) {
       row[3 * x + 1] = green;
       row[3 * x + 2] = blue;
     }
-    across.set(y, row);
+    made.set(y, row);
     return row;
   };
+  const out = new Uint8ClampedArray(3 * width * height);
   const sum = new Float32Array(3 * width);
   for (let y = 0; y < height; y++) {
     sum.fill(0);
     for (let tap = rows.begin[y]; tap < rows.begin[y + 1]; tap++) {
-      const weight = rows.weight[tap];
-      const row = rowAcross(rows.place[tap]);
+      const weight = rows.weight[tap], row = across(rows.place[tap]);
       for (let index = 0; index < sum.length; index++) sum[index] += weight * row[index];
     }
-    for (const kept of across.keys()) if (kept < rows.place[rows.begin[y + 1] - 1]) across.delete(kept);
-    for (let index = 0, to = 3 * y * width; index < sum.length; index++, to++) out[to] = sum[index] + 0.5;
+    for (const kept of made.keys()) if (kept < rows.place[rows.begin[y + 1] - 1]) made.delete(kept);
+    out.set(sum, 3 * y * width);
   }
   return out;
 }
@@ -120,24 +196,6 @@ function between(position, share, from) {
   const first = Math.min(Math.max(position, 0), from - 1);
   const second = Math.min(Math.max(position + 1, 0), from - 1);
   return [[first, 1 - share], [second, share]];
-}
-
-/** Middle of pixel to middle of pixel. */
-function linear(from, to) {
-  const scale = from / to;
-  return taps(to, (index) => {
-    const middle = (index + 0.5) * scale - 0.5;
-    return between(Math.floor(middle), middle - Math.floor(middle), from);
-  });
-}
-
-/** TensorFlow 1: corner to corner. */
-function linearFromCorner(from, to) {
-  const scale = from / to;
-  return taps(to, (index) => {
-    const position = index * scale;
-    return between(Math.floor(position), position - Math.floor(position), from);
-  });
 }
 
 /** The mean of the stretch that a pixel of the result covers. */
