@@ -22,6 +22,7 @@ import pytest
 import torch
 from shared_data import SHARED, needs_shared
 from test_predictor import small_detector
+from torchvision.ops import box_iou
 
 from backbones.errors import UserError
 from detection import load_detector
@@ -399,14 +400,23 @@ def test_a_photograph_in_float_and_in_eight_bits(tmp_path: Path, runtime: Path, 
         checkpoint=tmp_path / "person.safetensors", to="onnx", out=tmp_path / "float.onnx", images=tmp_path / "images"
     )
     export(job, say=lambda line: None)
-    for name in ("float", "int8"):
-        if name == "int8":
-            eight_bits(tmp_path)
-        write_page(tmp_path / f"{name}.onnx", tmp_path / name, runtime)
-        page = opened(tmp_path / name)
-        expected = load_detector(tmp_path / f"{name}.onnx", score_threshold=0.25)(PHOTO)
-        assert len(expected) > 8
-        assert_same(page.look_at(PHOTO), expected)
+    write_page(tmp_path / "float.onnx", tmp_path / "float", runtime)
+    expected = load_detector(tmp_path / "float.onnx", score_threshold=0.25)(PHOTO)
+    assert len(expected) > 8
+    assert_same(opened(tmp_path / "float").look_at(PHOTO), expected)
+
+    # Eight bits round, and where a sum lies between two numbers WebAssembly and a processor round each their own way: most
+    # boxes differ by less than a pixel, and of two candidates with nearly the same score the other one may win.
+    eight_bits(tmp_path)
+    write_page(tmp_path / "int8.onnx", tmp_path / "int8", runtime)
+    assert not (tmp_path / "int8" / "ort" / WEBGPU_FILES[0]).exists()
+    expected = load_detector(tmp_path / "int8.onnx", score_threshold=0.5)(PHOTO)
+    assert len(expected) > 5
+    listed = opened(tmp_path / "int8").look_at(PHOTO)
+    found = torch.tensor([row[1:] for _, row in listed])
+    best, which = box_iou(expected.boxes, found).max(1)
+    assert (best > 0.7).all()
+    assert float((expected.boxes - found[which]).abs().amax(1).median()) < 1
 
 
 def eight_bits(folder: Path) -> None:
