@@ -122,12 +122,13 @@ def test_setup_cfg_lists_every_package() -> None:
         for path in (ROOT / top).rglob("__init__.py")
     ]
     assert sorted(listed) == sorted([*on_disk, "detection.recipes"])
-    # The bundle's script is copied, never imported: it is data of its package.
-    assert config["options.package_data"]["detection.export"] == "bundle_files/*.py"
+    # Scripts of a bundle and of a page are copied, never imported: they are data of their package.
+    assert config["options.package_data"]["detection.export"].split() == ["bundle_files/*.py", "web_files/*"]
+    data = {ROOT / "detection" / "export" / name for name in ("bundle_files", "web_files")}
     folders = {path.parent for top in ("backbones", "detection") for path in (ROOT / top).rglob("*.py")}
-    assert folders - {ROOT / "detection" / "export" / "bundle_files"} == {
-        ROOT / Path(*name.split(".")) for name in on_disk
-    }, "a folder with Python files and without __init__.py"
+    assert folders - data == {ROOT / Path(*name.split(".")) for name in on_disk}, (
+        "a folder with Python files and without __init__.py"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Exported files say what torch says, carry their record, and are refused where they do not match."""
 
 import functools
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -12,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from apart import run_apart
 from test_predictor import small_detector
 
 from backbones.errors import UserError
@@ -339,18 +341,64 @@ def test_a_bundle_finds_the_same_without_torch(scene: Path) -> None:
     image = images_of(scene)[0]
     block = "import sys; sys.modules['torch'] = None; import runpy; sys.argv = sys.argv[1:]; "
     run = block + "runpy.run_path(sys.argv[0], run_name='__main__')"
-    drawn = scene / "drawn.png"
-    command = [sys.executable, "-c", run, str(folder / "detect.py"), str(image), "--score", "0.3", "--out", str(drawn)]
+    command = [sys.executable, "-c", run, str(folder / "detect.py"), str(image), "--threshold", "0.3"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=scene)
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout)["detections"]
     expected = load_detector(scene / "d.safetensors", device="cpu", score_threshold=0.3)(image)
     assert len(found) == min(len(expected), 100) > 0
     for one, box, name in zip(found, expected.boxes.tolist(), expected.names(), strict=False):
-        assert one[:4] == pytest.approx(box, abs=1)
-        assert one[5] == name
-    assert cv2.imread(str(drawn)).shape == (150, 200, 3)
+        assert one["box"] == pytest.approx(box, abs=1)
+        assert one["class"] == name
     with pytest.raises(UserError, match="exists"):
         write_bundle(made(scene, "onnx", False).path, folder)
+
+
+@pytest.mark.slow
+def test_a_bundle_in_an_environment_without_torch(scene: Path, tmp_path: Path) -> None:
+    needs("onnx")
+    exported = made(scene, "onnx", False).path
+    write_bundle(exported, tmp_path / "bundle")
+    run_apart("bundle-onnx", tmp_path / "bundle", exported, images_of(scene)[0])
+
+
+@pytest.mark.slow
+def test_a_bundle_shows_each_class_from_its_own_threshold_on(
+    scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("onnx")
+    write_bundle(made(scene, "onnx", False).path, tmp_path / "bundle")
+    record = json.loads((tmp_path / "bundle" / "model.json").read_text())
+    record["record"]["info"]["thresholds"] = [0.3, 0.5]
+    (tmp_path / "bundle" / "model.json").write_text(json.dumps(record))
+    monkeypatch.syspath_prepend(tmp_path / "bundle")
+    detector = importlib.import_module("detect").Detector()
+    image = cv2.imread(str(images_of(scene)[0]))
+    all_found = detector(image, 0.0)
+    assert [one.label for one in all_found if one.score < 0.5].count(1) > 0
+    expected = [one for one in all_found if one.score >= (0.3, 0.5)[one.label]]
+    assert detector(image) == expected
+    assert {one.label for one in expected} == {0, 1}
+
+
+@pytest.mark.slow
+def test_mistakes_with_a_bundle_are_told(scene: Path, tmp_path: Path) -> None:
+    needs("onnx")
+    write_bundle(made(scene, "onnx", False).path, tmp_path / "bundle")
+    image = images_of(scene)[0]
+    for arguments, message in (
+        (["no.jpg"], "no.jpg does not exist"),
+        ([tmp_path / "bundle" / "labels.txt"], "labels.txt cannot be opened; give an image, a video"),
+        ([image, "--out", tmp_path / "boxes.txt"], "boxes.txt cannot be written; an image ends in .jpg or .png"),
+    ):
+        command = [sys.executable, str(tmp_path / "bundle" / "detect.py"), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert message in done.stderr
+    block = "import sys; sys.modules['onnxruntime'] = None; import runpy; sys.argv = sys.argv[1:]; "
+    block += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", block, str(tmp_path / "bundle" / "detect.py"), str(image)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "the package onnxruntime is not installed; pip install -r" in done.stderr
 
 
 @pytest.mark.slow

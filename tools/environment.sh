@@ -53,3 +53,35 @@ PYTHON
         echo "$wanted" >"$VENV/installed${extra:+-$extra}"
     fi
 }
+
+# An environment of its own in .venv-NAME, for packages that do not go together with the project's, or to go without these. Made
+# once, and again where what it is to hold changes.
+#
+#   prepare_apart NAME with PACKAGE...       sees the packages of .venv, which its own cover
+#   prepare_apart NAME without PACKAGE...    sees its own alone
+#
+# Where it cannot be made: an error in CI ($CI is set), else a line, and the tests that need it are skipped.
+prepare_apart() {
+    local name="$1" base="$2" folder=".venv-$1" wanted
+    shift 2
+    wanted="$base $*"
+    [ "$base" = without ] || wanted="$wanted $(cat .venv/installed-dev)" # of setup.cfg, which says what ours are
+    [ "$(cat "$folder/installed" 2>/dev/null)" != "$wanted" ] || return 0
+    echo "Installing $* into $folder (the first time: some minutes)"
+    if .venv/bin/python -m venv --clear "$folder" &&
+        { [ "$base" = without ] || show_packages_to "$folder"; } &&
+        "$folder/bin/python" -m pip install --disable-pip-version-check --quiet "$@"; then
+        echo "$wanted" >"$folder/installed"
+    elif [ -n "${CI:-}" ]; then
+        fail "$folder could not be made (see above)"
+    else
+        echo "$folder could not be made (see above); tests that need it are skipped" >&2
+    fi
+}
+
+show_packages_to() {
+    local ours theirs
+    ours="$(.venv/bin/python -c 'import sys; print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")')" &&
+        theirs="$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" &&
+        echo "$ours" >"$theirs/ours.pth"
+}

@@ -18,6 +18,14 @@ step ruff check .
 step mypy
 step lint-imports
 
+# A whole run makes the environments of what does not go together with ours; one with options takes those that are there.
+if [ $# -eq 0 ]; then
+    prepare_apart bundle-onnx without numpy opencv-python-headless onnxruntime
+    prepare_apart bundle-litert without numpy opencv-python-headless ai-edge-litert
+    prepare_apart mediapipe without mediapipe
+    prepare_apart litert with -e '.[litert]'
+fi
+
 # A process for each core, up to four (each needs about 2 GB), with one thread each: more threads than cores wait for each other.
 # The tests of a file stay in one process, which shares what they export and train. Where a process dies, pytest names the test
 # (and would, unless told otherwise, run the file that killed it again and again).
@@ -27,3 +35,8 @@ import os
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 print(min(cores, 4))')}"
 step pytest -q -n auto --dist loadfile --max-worker-restart 0 "$@"
+
+# What needs LiteRT's converter, in its environment.
+if [ $# -eq 0 ] && [ -e .venv-litert/installed ]; then
+    step .venv-litert/bin/python -m pytest -q -n auto --dist loadfile --max-worker-restart 0 tests/test_litert.py tests/test_chain.py
+fi

@@ -29,17 +29,20 @@ if TYPE_CHECKING:  # what loads torch is imported when the command line is parse
 class ExportConfig:
     checkpoint: tyro.conf.Positional[Path]
     """A training's best.pt, a detector's .safetensors, or a published name."""
-    to: Literal["onnx", "openvino", "litert", "torch", "bundle"]
+    to: Literal["onnx", "openvino", "litert", "torch", "bundle", "web"]
     """The format. onnx and openvino need pip install 'litedet[export]', litert pip install 'litedet[litert]'. bundle: a folder
-    with a model, its labels and a detect.py that needs no torch."""
+    with a model, its labels and a detect.py that needs no torch. web: a folder with a page that runs it in a browser."""
     out: Path
-    """The file to write: .onnx, .xml (with a .bin beside it), .tflite or .pt2; of a bundle the folder, which must not exist."""
+    """The file to write: .onnx, .xml (with a .bin beside it), .tflite or .pt2; of bundle and web a folder that does not exist."""
     images: Path
     """Folder with images that the file is run on before it gets its name; with --annotations the folder of its file names."""
     annotations: Path | None = None
     """A COCO json: AP of the checkpoint and of the file are measured on it, and the drop is printed. None: no AP."""
     bundled: Literal["onnx", "litert"] = "onnx"
     """With --to bundle: the format of the model in it."""
+    onnxruntime_web: str | None = None
+    """With --to web: version of onnxruntime-web, which npm fetches, or the .tgz of "npm pack onnxruntime-web". None: the version
+    that the page was tested with."""
     raw: bool = False
     """Stop at the raw heads (box codes and class logits). Otherwise the file decodes, suppresses and gives detections."""
     int8: bool = False
@@ -70,11 +73,14 @@ class ExportConfig:
 def main(argv: Sequence[str] | None = None) -> ExportResult:
     config = tyro.cli(ExportConfig, args=sys.argv[1:] if argv is None else argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    if config.to == "bundle":  # said before the minutes that an export takes
+    if config.to in ("bundle", "web"):
+        from detection.export.folder import refuse_existing
+
         if config.raw:
-            raise UserError("--to bundle reads detections; leave --raw out")
-        if config.out.exists():
-            raise UserError(f"{config.out} exists; name a folder that does not, or remove it first")
+            raise UserError(f"--to {config.to} reads detections; leave --raw out")
+        refuse_existing(config.out)
+    if config.onnxruntime_web is not None and config.to != "web":
+        raise UserError(f"--onnxruntime-web is for --to web, not {config.to}")
     refuse_overwrites(
         {
             "the checkpoint": config.checkpoint,
@@ -84,27 +90,42 @@ def main(argv: Sequence[str] | None = None) -> ExportResult:
         },
         {"--out": config.out},
     )
-    result = _bundle(config) if config.to == "bundle" else _export(config, config.to, config.out)
+    result = _folder(config) if config.to == "bundle" or config.to == "web" else _export(config, config.to, config.out)
     print(summary(result))
     if config.to == "bundle":
         print(f"on the device: pip install -r {config.out}/requirements.txt; python {config.out}/detect.py IMAGE")
+    if config.to == "web":
+        print(
+            f"look at it: python {config.out}/serve.py (or python -m http.server in it); any server of static files will do"
+        )
     return result
 
 
 def _export(config: ExportConfig, to: Format, out: Path) -> ExportResult:
     from detection.export.run import ExportJob, export
 
-    given = {name: getattr(config, name) for name in ExportConfig.__dataclass_fields__ if name != "bundled"}
+    own = ("bundled", "onnxruntime_web")
+    given = {name: getattr(config, name) for name in ExportConfig.__dataclass_fields__ if name not in own}
     return export(ExportJob(**{**given, "to": to, "out": out}))
 
 
-def _bundle(config: ExportConfig) -> ExportResult:
+def _folder(config: ExportConfig) -> ExportResult:
+    """A bundle or a page. What a page is run by is looked at before the minutes that an export takes."""
     from detection.export.bundle import write_bundle
+    from detection.export.web import write_page
+    from detection.export.web_runtime import locate_runtime, runtime_files
 
+    runtime = None
+    if config.to == "web":
+        runtime = locate_runtime(config.onnxruntime_web)
+        runtime_files(runtime)
     with tempfile.TemporaryDirectory() as folder:
-        name = "model.onnx" if config.bundled == "onnx" else "model.tflite"
-        result = _export(config, config.bundled, Path(folder, name))
-        write_bundle(result.path, config.out)
+        name = "model.tflite" if config.to == "bundle" and config.bundled == "litert" else "model.onnx"
+        result = _export(config, "litert" if name.endswith(".tflite") else "onnx", Path(folder, name))
+        if runtime is None:
+            write_bundle(result.path, config.out)
+        else:
+            write_page(result.path, config.out, runtime)
     return replace(result, path=config.out / name)
 
 
