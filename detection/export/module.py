@@ -4,6 +4,7 @@ Letters in shapes: B batch, A anchors, C columns of class logits, K classes, D n
 """
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,36 @@ class RawHeads(nn.Module):
         """uint8 [B, 3, H, W], RGB -> box codes [B, A, D], class logits [B, A, C]."""
         raw = self.model(images)
         return raw.codes, raw.class_logits
+
+
+@dataclass(kw_only=True, slots=True)
+class Network:
+    """What an exporter makes a file of.
+
+    Attributes:
+        module: uint8 [B, 3, H, W], RGB -> a float32 tensor for each output; in evaluation mode, on the CPU.
+        input_size: (height, width).
+        outputs: names of the outputs.
+        detector: whose raw heads the outputs are, for the tail behind them; None: there is none.
+        learnt: the module rounds to eight bits itself, with ranges that a training has found.
+    """
+
+    module: nn.Module
+    input_size: tuple[int, int]
+    outputs: tuple[str, ...]
+    detector: Detector | None = None
+    learnt: bool = False
+
+    @property
+    def image(self) -> Tensor:
+        """uint8 [1, 3, H, W], black: an input to trace with."""
+        return torch.zeros(1, 3, *self.input_size, dtype=torch.uint8)
+
+
+def network_of(model: Detector) -> Network:
+    """The network of a detector to its raw heads."""
+    outputs = ("codes", "class_logits")
+    return Network(module=RawHeads(model), input_size=model.config.input_size, outputs=outputs, detector=model)
 
 
 class Scores(nn.Module):

@@ -12,6 +12,7 @@ import logging
 import queue
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -280,13 +281,28 @@ def to_onnx(model: Detector) -> bytes:
     Raises:
         ImportError: torch's exporter needs the packages onnx and onnxscript.
     """
-    images = torch.zeros(2, 3, *model.config.input_size, dtype=torch.uint8, device=model.anchors.device)
+    return module_to_onnx(_WithoutAnchors(model), model.config.input_size, ("codes", "class_logits"))
+
+
+def module_to_onnx(module: nn.Module, input_size: tuple[int, int], outputs: Sequence[str]) -> bytes:
+    """A function of images as an ONNX file with the input ``images``, uint8 [B, 3, H, W], B free.
+
+    Args:
+        module: uint8 [B, 3, H, W] -> a tensor for each output.
+        input_size: (height, width).
+        outputs: their names.
+
+    Raises:
+        ImportError: torch's exporter needs the packages onnx and onnxscript.
+    """
+    device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+    images = torch.zeros(2, 3, *input_size, dtype=torch.uint8, device=device)
     with quiet(*EXPORTER_LOGS):
         program = torch.onnx.export(
-            _WithoutAnchors(model),
+            module,
             (images,),
             input_names=["images"],
-            output_names=["codes", "class_logits"],
+            output_names=list(outputs),
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
             verbose=False,
@@ -325,7 +341,29 @@ def as_predictions(outputs: Sequence[NDArray[np.float32]], anchors: Tensor) -> R
     return RawPredictions(torch.from_numpy(codes), torch.from_numpy(class_logits), anchors)
 
 
-class OnnxRuntimeRunner:
+class FileRunner(ABC):
+    """A file of a network, run on the CPU by the library that it is made for; one caller at a time or several.
+
+    Attributes:
+        anchors: float32 [A, 4], the detector's; [0, 4] for a classifier, whose only method is ``outputs``.
+        max_batch: images that it takes at once at most; None: any number.
+    """
+
+    device = torch.device("cpu")
+    own_threads = True
+    max_batch: int | None = None
+    anchors: Tensor
+
+    @abstractmethod
+    def outputs(self, images: Tensor) -> list[NDArray[np.float32]]:
+        """uint8 [B, 3, H, W], RGB, however it lies in memory -> what the file gives, in its order."""
+
+    def __call__(self, images: Tensor) -> RawPredictions:
+        """See ``Runner``."""
+        return as_predictions(self.outputs(images), self.anchors)
+
+
+class OnnxRuntimeRunner(FileRunner):
     """An ONNX file of a detector, run by ONNX Runtime on the CPU.
 
     Args:
@@ -336,9 +374,6 @@ class OnnxRuntimeRunner:
     Raises:
         ImportError: the package is not installed.
     """
-
-    device = torch.device("cpu")
-    own_threads = True
 
     def __init__(self, onnx: bytes, anchors: Tensor, num_threads: int | None = None) -> None:
         import onnxruntime
@@ -351,10 +386,10 @@ class OnnxRuntimeRunner:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, images: Tensor) -> RawPredictions:
-        """See ``Runner``."""
-        outputs = self._session.run(None, {"images": np.ascontiguousarray(images.numpy())})
-        return as_predictions(outputs, self.anchors)
+    def outputs(self, images: Tensor) -> list[NDArray[np.float32]]:
+        """See ``FileRunner``."""
+        found: list[NDArray[np.float32]] = self._session.run(None, {"images": np.ascontiguousarray(images.numpy())})
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.onnx, self.anchors)
@@ -381,7 +416,7 @@ def openvino_core() -> Any:
         return _openvino_cores[0]
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(FileRunner):
     """A file of a detector, run by OpenVINO on the CPU.
 
     Args:
@@ -391,9 +426,6 @@ class OpenVinoRunner:
     Raises:
         ImportError: the package is not installed.
     """
-
-    device = torch.device("cpu")
-    own_threads = True
 
     def __init__(self, onnx: bytes | Path, anchors: Tensor, num_threads: int | None = None) -> None:
         core = openvino_core()
@@ -409,8 +441,8 @@ class OpenVinoRunner:
         # A request serves one caller at a time: there are as many as there ever were callers at once.
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    def __call__(self, images: Tensor) -> RawPredictions:
-        """See ``Runner``."""
+    def outputs(self, images: Tensor) -> list[NDArray[np.float32]]:
+        """See ``FileRunner``."""
         try:
             request = self._requests.get_nowait()
         except queue.Empty:
@@ -418,10 +450,9 @@ class OpenVinoRunner:
         try:
             # The request writes every answer to the same memory, hence the copies.
             results = request.infer({0: np.ascontiguousarray(images.numpy())}, share_inputs=True)
-            outputs = [result.copy() for result in results.to_tuple()]
+            return [result.copy() for result in results.to_tuple()]
         finally:
             self._requests.put(request)
-        return as_predictions(outputs, self.anchors)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.onnx, self.anchors)
