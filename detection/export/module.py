@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from detection.inference.runners import fold_norms
 from detection.models.detector import Detector
+from detection.models.quantized import QuantizedDetector
 from detection.postprocess import PostprocessConfig
 
 
@@ -29,6 +30,24 @@ class RawHeads(nn.Module):
         """uint8 [B, 3, H, W], RGB -> box codes [B, A, D], class logits [B, A, C]."""
         raw = self.model(images)
         return raw.codes, raw.class_logits
+
+
+class LearntHeads(nn.Module):
+    """A detector that was fine-tuned in eight bits as a function of tensors alone, its ranges constants.
+
+    Args:
+        model: it stays as it is.
+    """
+
+    def __init__(self, model: QuantizedDetector) -> None:
+        super().__init__()
+        self.normalise = copy.deepcopy(model.normalise)
+        self.network = model.converted()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [B, 3, H, W], RGB -> box codes [B, A, D], class logits [B, A, C]."""
+        codes, class_logits = self.network(self.normalise(images))
+        return codes, class_logits
 
 
 @dataclass(kw_only=True, slots=True)
@@ -58,6 +77,9 @@ class Network:
 def network_of(model: Detector) -> Network:
     """The network of a detector to its raw heads."""
     outputs = ("codes", "class_logits")
+    if isinstance(model, QuantizedDetector):
+        module = LearntHeads(model)
+        return Network(module=module, input_size=model.config.input_size, outputs=outputs, detector=model, learnt=True)
     return Network(module=RawHeads(model), input_size=model.config.input_size, outputs=outputs, detector=model)
 
 

@@ -36,6 +36,8 @@ _EXPORTERS: dict[Format, str] = {
 RAW_ONLY: tuple[Format, ...] = ("torch", "executorch", "ncnn", "coreml")
 """Formats whose files end at the raw heads."""
 _FP16: tuple[Format, ...] = ("openvino", "ncnn", "coreml")
+_LEARNT: tuple[Format, ...] = ("onnx", "openvino", "executorch")
+"""Formats that take ranges that a training has learnt."""
 _NOTABLE = 0.01  # a drop from which on the layers are looked at
 _NUM_PROBED = 8  # images that the layers are looked at with
 
@@ -227,7 +229,7 @@ def export(job: ExportJob, say: Callable[[str], None] = print) -> ExportResult:
             say("--keep-float N keeps the worst N in floating point, --keep-float NAME ... those")
         if drop is not None and drop > job.max_drop:
             raise UserError(
-                f"the best variant ({chosen.name or job.precision}) loses {drop:.4f} {subject.figure_name}, more than "
+                f"the best variant ({chosen.name or record.precision}) loses {drop:.4f} {subject.figure_name}, more than "
                 f"--max-drop {job.max_drop:g}; {job.out} is not written"
             )
         final = subject.measured(chosen.figure, chosen.milliseconds)
@@ -262,6 +264,16 @@ def open_subject(job: ExportJob, packages: tuple[str, ...]) -> Subject:
             f"{source} is a detector: its AP is measured with --annotations; leave --labelled and --resize out"
         )
     model, info = read_detector(source, job.input_size)
+    if info.quantize == "int8":
+        if job.int8 or job.fp16:
+            raise UserError(
+                f"{source} was fine-tuned in 8 bits and brings its ranges; leave --int8, --calibration and --fp16 out"
+            )
+        if job.to not in _LEARNT:
+            raise UserError(
+                f"{source} was fine-tuned in 8 bits, which --to {job.to} does not take; take {', '.join(_LEARNT)}"
+            )
+        return DetectorSubject(job, Path(source), model, info, packages, "int8")
     return DetectorSubject(job, Path(source), model, info, packages, job.precision)
 
 
@@ -288,7 +300,7 @@ def _try(
         one = Tried(name=variant.name, difference=difference, figure=figure, size=size, milliseconds=milliseconds)
         tried.append(one)
         say(_line(one, subject))
-        broken = difference.broken(BOUNDS[job.precision])
+        broken = difference.broken(BOUNDS[record.precision])
         if broken:
             say(f"  it does not match the checkpoint: {broken}")
         elif best is None or _loss(one) < _loss(best[0]):
@@ -296,8 +308,8 @@ def _try(
         if not broken and not job.all_variants and _is_enough(one, subject.figure_torch, job.enough):
             break
     if best is None:
-        reasons = [(one, one.difference and one.difference.broken(BOUNDS[job.precision])) for one in tried]
-        text = "; ".join(f"{one.name or job.precision}: {reason}" for one, reason in reasons)
+        reasons = [(one, one.difference and one.difference.broken(BOUNDS[record.precision])) for one in tried]
+        text = "; ".join(f"{one.name or record.precision}: {reason}" for one, reason in reasons)
         raise UserError(f"no variant matches the checkpoint; {job.out} is not written. {text}")
     return tried, best
 

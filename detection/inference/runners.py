@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from backbones.errors import UserError
 from backbones.layers import ConvNormAct
 from detection.models.detector import Detector
+from detection.models.folding import fold_norms
+from detection.models.quantized import QuantizedDetector
 from detection.structures import RawPredictions, Runner
 
 Backend = Literal["torch", "compile", "onnxruntime", "openvino"]
@@ -52,6 +53,12 @@ def build_runner(
     if backend not in get_args(Backend):
         raise UserError(f"backend {backend!r} is unknown; there are {', '.join(map(repr, get_args(Backend)))}")
     device = device or model.anchors.device
+    if isinstance(model, QuantizedDetector):
+        if backend != "torch" or amp != "off":
+            raise UserError(
+                "a detector that was fine-tuned in 8 bits runs with backend 'torch' in float32, or exported"
+            )
+        return TorchRunner(copy.deepcopy(model).eval().to(device), device)
     folded = fold_norms(copy.deepcopy(model).eval()).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if backend == "torch":
         # oneDNN's packed layers are float32.
@@ -70,15 +77,6 @@ def build_runner(
         raise UserError(
             f"backend {backend} needs the package {error.name}, which is not installed; pip install 'litedet[export]'"
         ) from error
-
-
-def fold_norms(model: Detector) -> Detector:
-    """Fold every batch norm into the convolution before it, in place: the same function with half the layers."""
-    for module in model.modules():
-        if isinstance(module, ConvNormAct) and isinstance(module.norm, nn.BatchNorm2d):
-            module.conv = fuse_conv_bn_eval(module.conv, module.norm)
-            module.norm = nn.Identity()  # type: ignore[assignment]
-    return model
 
 
 class TorchRunner:
