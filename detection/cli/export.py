@@ -21,7 +21,8 @@ from detection.cli.outputs import refuse_overwrites
 from detection.engine.errors import main_errors
 
 if TYPE_CHECKING:  # what loads torch is imported when the command line is parsed
-    from detection.export.run import ExportResult
+    from detection.export.run import ExportJob, ExportResult
+    from detection.export.table import ExportTable
     from detection.inference.exported import Format
 
 
@@ -29,13 +30,14 @@ if TYPE_CHECKING:  # what loads torch is imported when the command line is parse
 class ExportConfig:
     checkpoint: tyro.conf.Positional[Path]
     """A detector or a classifier: a training's best.pt, a .safetensors, or a published name."""
-    to: Literal["onnx", "openvino", "litert", "torch", "executorch", "ncnn", "coreml", "bundle"]
+    to: Literal["onnx", "openvino", "litert", "torch", "executorch", "ncnn", "coreml", "bundle", "all"]
     """The format. onnx and openvino need pip install 'litedet[export]', litert, executorch, ncnn and coreml an extra of their own
     name. torch, executorch, ncnn and coreml end at the raw heads. coreml is converted and its structure checked, but not
-    run: that needs macOS. bundle: a folder with a model, its labels and a detect.py that needs no torch."""
+    run: that needs macOS. bundle: a folder with a model, its labels and a detect.py that needs no torch. all: a folder with files
+    of all formats whose packages are installed and a table of them (exports.md, exports.json)."""
     out: Path
     """The file to write: .onnx, .xml (with a .bin beside it), .tflite, .pt2, .pte, .param (with a .bin and a .json beside it) or
-    .mlpackage; of a bundle the folder, which must not exist."""
+    .mlpackage; of bundle the folder, which must not exist; of all the folder, whose table is continued."""
     images: Path
     """Folder with images that the file is run on before it gets its name; with --annotations the folder of its file names."""
     annotations: Path | None = None
@@ -79,7 +81,7 @@ class ExportConfig:
 
 
 @main_errors
-def main(argv: Sequence[str] | None = None) -> ExportResult:
+def main(argv: Sequence[str] | None = None) -> ExportResult | ExportTable:
     config = tyro.cli(ExportConfig, args=sys.argv[1:] if argv is None else argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     if config.to == "bundle":  # said before the minutes that an export takes
@@ -94,8 +96,10 @@ def main(argv: Sequence[str] | None = None) -> ExportResult:
             "--images": config.images,
             "--calibration": config.calibration,
         },
-        {"--out": config.out},
+        {"--out": None if config.to == "all" or config.out.suffix == ".mlpackage" else config.out},
     )
+    if config.to == "all":
+        return _all(config)
     result = _bundle(config) if config.to == "bundle" else _export(config, config.to, config.out)
     print(summary(result))
     if config.to == "bundle":
@@ -104,10 +108,28 @@ def main(argv: Sequence[str] | None = None) -> ExportResult:
 
 
 def _export(config: ExportConfig, to: Format, out: Path) -> ExportResult:
-    from detection.export.run import ExportJob, export
+    from detection.export.run import export
+
+    return export(_job(config, to, out))
+
+
+def _job(config: ExportConfig, to: Format, out: Path) -> ExportJob:
+    from detection.export.run import ExportJob
 
     given = {name: getattr(config, name) for name in ExportConfig.__dataclass_fields__ if name != "bundled"}
-    return export(ExportJob(**{**given, "to": to, "out": out}))
+    return ExportJob(**{**given, "to": to, "out": out})
+
+
+def _all(config: ExportConfig) -> ExportTable:
+    from detection.export.table import export_all
+
+    if config.int8 or config.fp16 or config.raw:
+        raise UserError(
+            "--to all makes every number format (int8 where --calibration is given); leave --int8, --fp16 and --raw out"
+        )
+    table = export_all(_job(config, "torch", config.out / "none.pt2"), config.out)
+    print(f"\n{table.markdown()}\nwritten: {config.out / 'exports.md'}, {config.out / 'exports.json'}")
+    return table
 
 
 def _bundle(config: ExportConfig) -> ExportResult:

@@ -133,7 +133,9 @@ class ClassifierSubject:
         self.network = Network(module=Logits(model, info), input_size=(side, side), outputs=("logits",))
         self._images = self.inputs(spread(image_files(job.images), job.num_verification))
         self._folder = None if job.labelled is None else _labelled(job.labelled, info.class_names, model.num_classes)
-        self.figure_torch = None if self._folder is None else self._top1(lambda images: self.network.module(images)[0])
+        self.figure_torch = job.known_figure
+        if self._folder is not None and self.figure_torch is None:
+            self.figure_torch = self._top1(self._torch)
         self.record: ClassifierRecord = ClassifierRecord(
             format=job.to,
             precision=precision,
@@ -180,6 +182,14 @@ class ClassifierSubject:
         )
         figure = None if self._folder is None else self._top1(classifier.logits)
         return difference, figure, milliseconds(classifier.runner, self._images, classifier.logits)
+
+    def milliseconds_torch(self) -> float:
+        """See ``Subject``."""
+        return milliseconds(self._torch, self._images)
+
+    def _torch(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network.module(images)[0]
+        return logits
 
     def check(self, path: Path) -> None:
         """See ``Subject``."""

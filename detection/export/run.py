@@ -35,10 +35,14 @@ _EXPORTERS: dict[Format, str] = {
 """Format -> the module of this package that makes it; each has ``variants`` (an ``Exporter``) and ``PACKAGES``."""
 RAW_ONLY: tuple[Format, ...] = ("torch", "executorch", "ncnn", "coreml")
 """Formats whose files end at the raw heads."""
-_FP16: tuple[Format, ...] = ("openvino", "ncnn", "coreml")
+FP16: tuple[Format, ...] = ("openvino", "ncnn", "coreml")
+"""Formats whose weights can be stored in 16 bits."""
+INT8: tuple[Format, ...] = ("onnx", "openvino", "litert", "executorch")
+"""Formats that compute in 8 bits."""
 _LEARNT: tuple[Format, ...] = ("onnx", "openvino", "executorch")
 """Formats that take ranges that a training has learnt."""
 _NOTABLE = 0.01  # a drop from which on the layers are looked at
+_SAME = 0.001  # of figures that differ by less the faster file is better
 _NUM_PROBED = 8  # images that the layers are looked at with
 
 
@@ -65,6 +69,7 @@ class ExportJob:
         max_drop: an int8 file that loses more AP than this is not written.
         all_variants: try every int8 variant.
         keep_float: layers of an int8 file that stay in floating point: names, or one number N, the N that suffer most.
+        known_figure: what the checkpoint has on these images, where that was measured before.
     """
 
     checkpoint: str | Path
@@ -89,6 +94,7 @@ class ExportJob:
     max_drop: float = 0.05
     all_variants: bool = False
     keep_float: tuple[str, ...] = ()
+    known_figure: float | None = None
 
     @property
     def is_raw(self) -> bool:
@@ -113,8 +119,8 @@ class ExportJob:
             raise UserError("--calibration is for --int8; add that, or leave the folder out")
         if self.int8 and self.fp16:
             raise UserError("--int8 and --fp16 are two number formats; give one")
-        if self.fp16 and self.to not in _FP16:
-            raise UserError(f"--fp16 is for --to {', '.join(_FP16)}, not {self.to}")
+        if self.fp16 and self.to not in FP16:
+            raise UserError(f"--fp16 is for --to {', '.join(FP16)}, not {self.to}")
         if self.compiled and self.to != "torch":
             raise UserError(f"--compiled is for --to torch, not {self.to}")
         other = {"openvino": ".param", "ncnn": ".xml"}.get(self.to)
@@ -303,7 +309,7 @@ def _try(
         broken = difference.broken(BOUNDS[record.precision])
         if broken:
             say(f"  it does not match the checkpoint: {broken}")
-        elif best is None or _loss(one) < _loss(best[0]):
+        elif best is None or _is_better(one, best[0]):
             best = one, artefact
         if not broken and not job.all_variants and _is_enough(one, subject.figure_torch, job.enough):
             break
@@ -356,11 +362,14 @@ def files_of(path: Path) -> list[Path]:
     return [*(file for file in (*more, beside(path)) if file.exists()), path]
 
 
-def _loss(one: Tried) -> float:
-    if one.figure is not None:
-        return -one.figure
+def _is_better(one: Tried, other: Tried) -> bool:
+    if one.figure is not None and other.figure is not None:
+        if abs(one.figure - other.figure) < _SAME and one.milliseconds is not None and other.milliseconds is not None:
+            return one.milliseconds < other.milliseconds
+        return one.figure > other.figure
     assert one.difference is not None
-    return one.difference.error
+    assert other.difference is not None
+    return one.difference.error < other.difference.error
 
 
 def _is_enough(one: Tried, figure_torch: float | None, enough: float) -> bool:

@@ -67,6 +67,9 @@ class Subject(Protocol):
     def run(self, path: Path) -> tuple[Comparison, float | None, float]:
         """Runs a file: its difference from torch, its figure (None: not measured), milliseconds of one image."""
 
+    def milliseconds_torch(self) -> float:
+        """Shortest time of one image through the checkpoint."""
+
     def check(self, path: Path) -> None:
         """Opens a file as its user will. Raises UserError where that fails."""
 
@@ -104,7 +107,9 @@ class DetectorSubject:
         self._twin = Predictor(reference.runner, replace(info, postprocess=self.postprocess))
         self._images = self.inputs(spread(image_files(job.images), job.num_verification))
         self._evaluation = Evaluation(job.annotations, job.images, reference) if job.annotations else None
-        self.figure_torch = None if self._evaluation is None else self._evaluation.ap(reference)
+        self.figure_torch = job.known_figure
+        if self._evaluation is not None and self.figure_torch is None:
+            self.figure_torch = self._evaluation.ap(reference)
         self.record: ExportRecord = ExportRecord(
             format=job.to,
             outputs="raw" if job.is_raw else "detections",
@@ -130,6 +135,10 @@ class DetectorSubject:
         detector = load_detector(path, default_score=None)
         figure = None if self._evaluation is None else self._evaluation.ap(detector)
         return compare(detector, self._twin, self._images), figure, milliseconds(detector.runner, self._images)
+
+    def milliseconds_torch(self) -> float:
+        """See ``Subject``."""
+        return milliseconds(self._twin.runner, self._images)
 
     def check(self, path: Path) -> None:
         """See ``Subject``."""

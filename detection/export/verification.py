@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from detection.evaluation.run import evaluate
 from detection.inference.exported import Precision
 from detection.inference.predictor import Predictor
 from detection.inference.runners import threads_for
-from detection.structures import Detections, Runner, run_in_parts
+from detection.structures import Detections, run_in_parts
 
 _SURE = 0.3  # detections that both have to find
 _NEAR = 0.1  # how far below it the other's score may be
@@ -208,12 +209,12 @@ class Evaluation:
 
 
 def milliseconds(
-    runner: Runner, images: NDArray[np.uint8], run: Callable[[torch.Tensor], object] | None = None, rounds: int = 20
+    runner: Any, images: NDArray[np.uint8], run: Callable[[torch.Tensor], object] | None = None, rounds: int = 20
 ) -> float:
     """Shortest time of one image, in milliseconds.
 
     Args:
-        runner: with the threads that it was opened with.
+        runner: a runner, with the threads that it was opened with, or any function of images.
         images: uint8 [B, 3, H, W].
         run: what is timed; None: the runner itself.
         rounds: after three to warm up.
