@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -213,7 +213,7 @@ def _quantised(
     tail: bytes | None,
     calibration: NDArray[np.uint8],
     *,
-    excluded: list[str],
+    excluded: Sequence[str] = (),
     outputs_float: bool = False,
     per_channel: bool = True,
     percentile: float | None = None,
@@ -253,7 +253,9 @@ def quiet_nncf() -> Any:
     return nncf
 
 
-def _corrected(raw: bytes, tail: bytes | None, calibration: NDArray[np.uint8], excluded: list[str]) -> OnnxFile:
+def _corrected(
+    raw: bytes, tail: bytes | None, calibration: NDArray[np.uint8], excluded: Sequence[str] = ()
+) -> OnnxFile:
     """In 8 bits by NNCF, which then sets the layers' biases so that their mean outputs stay what they were."""
     import onnx
 
@@ -265,7 +267,7 @@ def _corrected(raw: bytes, tail: bytes | None, calibration: NDArray[np.uint8], e
             nncf.Dataset(data),
             preset=nncf.QuantizationPreset.PERFORMANCE,
             subset_size=len(data),
-            ignored_scope=nncf.IgnoredScope(names=excluded) if excluded else None,
+            ignored_scope=nncf.IgnoredScope(names=list(excluded)) if excluded else None,
             # Weights in seven bits: what reduce_range is to ONNX Runtime's quantiser.
             advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )

@@ -191,9 +191,8 @@ def _quantizer() -> Any:
                 elif node.target == aten.add.Tensor and all(isinstance(one, torch.fx.Node) for one in node.args[:2]):
                     annotate(node, dict.fromkeys(node.args[:2], activation), None if bent else activation)
                 elif node.target == aten.cat.default and node.meta["val"].dim() == 4:
-                    first, *others = node.args[0]
-                    shared = SharedQuantizationSpec((first, node))
-                    annotate(node, {first: activation, **dict.fromkeys(others, shared)}, shared)
+                    # One range for all would be the mean of theirs, as the moving average goes, and cut the largest.
+                    annotate(node, dict.fromkeys(node.args[0], activation), activation)
                 elif node.target in moves:
                     annotate(node, {node.args[0]: activation}, SharedQuantizationSpec((node.args[0], node)))
             return model
