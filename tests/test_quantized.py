@@ -8,7 +8,7 @@ import torch
 from test_export import needs
 from test_litedet import small_litedet
 from test_predictor import small_detector
-from test_train_det import command, drawn  # noqa: F401  a fixture
+from test_train_det import command, drawn, expect_error  # noqa: F401  a fixture
 
 from backbones.errors import UserError
 from detection import load_detector
@@ -81,7 +81,7 @@ def test_the_moving_average_keeps_ranges_that_fit_its_weights() -> None:
 
 
 def quantize(drawn: DetectionSet, weights: Path, run_dir: Path, *more: str) -> list[str]:  # noqa: F811
-    given = ("--weights", str(weights), "--quantize", "int8", "--train.epochs", "2", "--backbone-lr-scale", "1")
+    given = ("--weights", str(weights), "--quantize", "int8", "--train.epochs", "2")
     return command(drawn, run_dir, *given, *more)
 
 
@@ -90,6 +90,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_and_is_exported(
     drawn: DetectionSet,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     first = train_det(command(drawn, tmp_path / "float", "--train.epochs", "1")).best_path
     whole = train_det(quantize(drawn, first, tmp_path / "whole"))
@@ -121,8 +122,8 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_and_is_exported(
     job.int8, job.calibration = True, drawn.train_images
     with pytest.raises(UserError, match="brings its ranges"):
         export(job, say=lambda line: None)
-    with pytest.raises((UserError, SystemExit)):
-        train_det(quantize(drawn, whole.best_path, tmp_path / "twice"))
+    capsys.readouterr()
+    expect_error(quantize(drawn, whole.best_path, tmp_path / "twice"), "was fine-tuned in 8 bits", capsys)
 
 
 def check_export(checkpoint: Path, to: Format, out: Path, images: Path) -> None:
@@ -144,14 +145,24 @@ def check_export(checkpoint: Path, to: Format, out: Path, images: Path) -> None:
     assert result.chosen.size < 0.6 * float_size
 
 
-def test_what_cannot_be_fine_tuned_is_refused(drawn: DetectionSet, tmp_path: Path) -> None:  # noqa: F811
+def test_what_cannot_be_fine_tuned_is_refused(
+    drawn: DetectionSet,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     save_detector(tmp_path / "d.safetensors", *small_detector())  # of other classes
     for more, message in (
         ((), "of the same classes"),
         (("--train.amp", "bf16"), "computes in float32"),
-        (("--model.backbone.frozen-stages", "2"), "fine-tunes the whole detector"),
+        (("--weights-part", "backbone"), "leave --weights-part out"),
     ):
-        with pytest.raises((UserError, SystemExit), match=message):
-            train_det(quantize(drawn, tmp_path / "d.safetensors", tmp_path / "run", *more))
-    with pytest.raises((UserError, SystemExit), match="fine-tunes a trained detector"):
-        train_det(command(drawn, tmp_path / "run", "--quantize", "int8", "--backbone-lr-scale", "1"))
+        expect_error(quantize(drawn, tmp_path / "d.safetensors", tmp_path / "run", *more), message, capsys)
+    expect_error(command(drawn, tmp_path / "run", "--quantize", "int8"), "fine-tunes a trained detector", capsys)
+
+
+def test_frozen_stages_stay_frozen() -> None:
+    model, _ = small_litedet()
+    model.backbone.stem.requires_grad_(False)
+    learns = {name: parameter.requires_grad for name, parameter in QuantizedDetector(model).named_parameters()}
+    frozen = [name for name, does in learns.items() if not does]
+    assert frozen == [f"{QuantizedDetector.PREFIX}backbone.stem.conv.{name}" for name in ("weight", "bias")]

@@ -35,6 +35,9 @@ class QuantizedDetector(Detector):
         UserError: the package torchao is not installed, or the detector has a second head, which training would need.
     """
 
+    PREFIX = "network.model."
+    """What the names of the detector's own parameters have before them here."""
+
     def __init__(self, model: Detector) -> None:
         super().__init__(model.config, model.num_classes)
         if getattr(model.config, "one_to_one", False):
@@ -42,8 +45,11 @@ class QuantizedDetector(Detector):
                 "a detector with a second head (model.one_to_one) cannot be fine-tuned in 8 bits; train one without"
             )
         self.register_buffer("anchors", model.anchors.detach().clone(), persistent=False)
-        float_network = _Heads(fold_norms(copy.deepcopy(model).cpu().eval())).requires_grad_(True)
-        self.network = _prepared(float_network, model.config.input_size)
+        heads = _Heads(fold_norms(copy.deepcopy(model).cpu().eval()))
+        self.network = _prepared(heads, model.config.input_size)
+        learns = {name: parameter.requires_grad for name, parameter in heads.named_parameters()}
+        for name, parameter in self.network.named_parameters():  # frozen stages stay frozen
+            parameter.requires_grad_(learns[name])
         self.train(model.training)
 
     def train(self, mode: bool = True) -> QuantizedDetector:

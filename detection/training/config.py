@@ -155,8 +155,5 @@ class DetectionConfig:
             raise UserError(
                 "--quantize int8 computes in float32 and is not compiled: leave --train.amp and --train.compile out"
             )
-        if self.weights_part != "all" or self.model.backbone.frozen_stages or self.backbone_lr_scale != 1:
-            raise UserError(
-                "--quantize int8 fine-tunes the whole detector, its batch norms folded: leave --weights-part, "
-                "--backbone-lr-scale and --model.backbone.frozen-stages out"
-            )
+        if self.weights_part != "all":
+            raise UserError("--quantize int8 fine-tunes a whole trained detector; leave --weights-part out")

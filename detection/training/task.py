@@ -86,8 +86,8 @@ class DetectionTask:
             distillation = Distillation(config.distillation, *read_teacher(config.teacher, self.model.config, names))
         self.step = TrainingStep(self.model, self.config.loss.build(self.model), distillation)
         self.num_train = len(self.train_index)
-        quantized = isinstance(self.model, QuantizedDetector)
-        self.lr_scales: Mapping[str, float] = {} if quantized else {"backbone.": config.backbone_lr_scale}
+        prefix = QuantizedDetector.PREFIX if isinstance(self.model, QuantizedDetector) else ""
+        self.lr_scales: Mapping[str, float] = {f"{prefix}backbone.": config.backbone_lr_scale}
         self.postprocess = build_postprocess(self.model.config, config.postprocess, names)
         self._shown: Batch | None = None
         self._train_loader = self._build_train_loader()
