@@ -48,8 +48,8 @@ class QuantizedDetector(Detector):
         heads = _Heads(fold_norms(copy.deepcopy(model).cpu().eval()))
         self.network = _prepared(heads, model.config.input_size)
         learns = {name: parameter.requires_grad for name, parameter in heads.named_parameters()}
-        for name, parameter in self.network.named_parameters():  # frozen stages stay frozen
-            parameter.requires_grad_(learns[name])
+        for name, parameter in self.network.named_parameters():  # frozen stages stay frozen; a folded bias has no say
+            parameter.requires_grad_(learns[f"{name.rpartition('.')[0]}.weight"])
         self.train(model.training)
 
     def train(self, mode: bool = True) -> QuantizedDetector:
