@@ -1,7 +1,9 @@
 """What is particular to a format: Core ML's structure, compiled packages, int8 of ExecuTorch, LiteDet with suppression inside."""
 
+import importlib.util
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +15,17 @@ from test_predictor import small_detector
 
 from backbones.errors import UserError
 from detection import load_detector
+from detection.benchmark.config import BenchmarkConfig
+from detection.benchmark.inputs import open_inputs
+from detection.benchmark.stages.exports import exports
+from detection.cli.eval import main as eval_det
 from detection.cli.export import main
+from detection.cli.predict import main as predict
+from detection.cli.video import main as watch
+from detection.export import table
 from detection.export.coreml import NOT_RUN, put_folder
 from detection.export.run import ExportJob, export
-from detection.inference.exported import beside, open_exported
+from detection.inference.exported import Format, beside, open_exported
 from detection.inference.predictor import Predictor
 from detection.inference.runners import build_runner
 from detection.weights.native import save_detector
@@ -50,6 +59,76 @@ def test_weights_of_another_format_are_not_written_over(to: str, other: str, tmp
     job = ExportJob(checkpoint="d", to=to, out=out, images=tmp_path)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"has its weights in d\.bin, too"):
         job.validate()
+
+
+@pytest.fixture(scope="module")
+def annotated(scene: Path) -> Path:  # noqa: F811
+    """A COCO json of the scene's images, an object in each."""
+    files = images_of(scene)
+    path = scene / "annotations.json"
+    content = {
+        "images": [{"id": k, "file_name": file.name, "width": 200, "height": 150} for k, file in enumerate(files, 1)],
+        "annotations": [
+            {"id": k, "image_id": k, "category_id": 1, "bbox": [10, 10, 80, 60], "area": 4800, "iscrowd": 0}
+            for k in range(1, len(files) + 1)
+        ],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+# Every format that runs is a file like any other to the commands; which library runs it is tested elsewhere.
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["torch", "onnx", "ncnn"])
+def test_commands_take_an_exported_file(to: Format, scene: Path, annotated: Path, tmp_path: Path) -> None:  # noqa: F811
+    needs(to)
+    file = str(made(scene, to, True).path)
+    data = ("--annotations", str(annotated), "--images", str(scene / "images"))
+    ours, torchs = (eval_det([path, *data, "--workers", "0"]) for path in (file, str(scene / "d.safetensors")))
+    assert ours.num_detections > 0
+    assert ours.figures == pytest.approx(torchs.figures, abs=1e-3)
+    watch([file, "--source", str(scene / "images"), "--json", str(tmp_path / "v.jsonl"), "--score", "0.1"])
+    frames = [json.loads(line) for line in (tmp_path / "v.jsonl").read_text().splitlines()]
+    assert len(frames) == 4
+    if importlib.util.find_spec("pyarrow") is not None:
+        shards = tmp_path / "shards"
+        predict([file, "--source", str(scene / "images"), "--out", str(shards), "--workers", "0"])
+        assert list(shards.glob("*.parquet"))
+    config = BenchmarkConfig(exported=(Path(file),), rounds=2, cache=tmp_path / "cache")
+    (row,) = exports(open_inputs(config))
+    assert row.name == f"predict, {Path(file).name}"
+    assert row.peer == "torchvision, float"
+    assert row.bar is None
+
+
+@pytest.mark.slow
+def test_the_table_has_every_format(
+    scene: Path,  # noqa: F811
+    annotated: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(table, "SUFFIXES", {".pt2": "torch", ".tflite": "litert"})
+    monkeypatch.setitem(sys.modules, "litert_torch", None)
+    out = tmp_path / "all"
+    arguments = [str(scene / "d.safetensors"), "--to", "all", "--images", str(scene / "images"), "--out", str(out)]
+    main([*arguments, "--annotations", str(annotated)])
+    rows = json.loads((out / "exports.json").read_text())["rows"]
+    assert [row["format"] for row in rows] == ["torch (checkpoint)", "torch", "litert"]
+    assert rows[1]["file"] == "torch_float32.pt2"
+    assert rows[1]["drop"] == pytest.approx(0, abs=1e-3)
+    assert "pip install 'litedet[litert]'" in rows[2]["note"]
+    # Another environment made it; this one keeps what stands there.
+    content = json.loads((out / "exports.json").read_text())
+    content["rows"][2].update(file="litert_float32.tflite", note="", milliseconds=1.5)
+    (out / "exports.json").write_text(json.dumps(content))
+    (out / "litert_float32.tflite").touch()
+    main([*arguments, "--annotations", str(annotated)])
+    assert "| litert | float32 |  | 1.5 |" in (out / "exports.md").read_text()
+    (out / "litert_float32.tflite").unlink()
+    main([*arguments, "--annotations", str(annotated)])
+    assert "not made: --to litert needs the package litert_torch" in (out / "exports.md").read_text()
 
 
 @pytest.mark.slow

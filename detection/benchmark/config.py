@@ -11,7 +11,9 @@ import tyro
 from backbones.errors import UserError
 
 Backend = Literal["torch", "compile", "onnxruntime", "openvino"]  # those of inference.runners, which loads torch
-Stage = Literal["predict", "backends", "postprocess", "train", "detectors", "busy", "loader", "open", "evaluate"]
+Stage = Literal[
+    "predict", "backends", "postprocess", "train", "detectors", "busy", "loader", "open", "evaluate", "exports"
+]
 NUM_IMAGES = 96  # read from --images, or drawn
 _PACKAGES: dict[Backend, tuple[str, ...]] = {
     "torch": (),
@@ -44,6 +46,8 @@ class BenchmarkConfig:
     """Runs of each side in the short stages. The long stages take a third of it, opening at most five, AP two."""
     backends: tuple[Backend, ...] = ("compile", "onnxruntime", "openvino")
     """Backends of the stages "backends" and "detectors". The last two need pip install 'litedet[export]'."""
+    exported: tuple[Path, ...] = ()
+    """Files of litedet export, each timed in the stage "exports" in place of the int8 files that it makes itself."""
     batch_size: int = 24
     """Images per batch in the stages train, busy and loader."""
     open_images: Annotated[int, tyro.conf.arg(aliases=["--open-pictures"])] = 118_287

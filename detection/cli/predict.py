@@ -22,7 +22,8 @@ from detection.engine.errors import main_errors
 @dataclass(kw_only=True, slots=True)
 class PredictConfig:
     checkpoint: tyro.conf.Positional[Path]
-    """A training's best.pt, a detector's .safetensors, or a published name (ssdlite_mobilenet_v2_coco)."""
+    """A training's best.pt, a detector's .safetensors, a file of litedet export (.onnx, .xml, .tflite, .pt2, .pte, .param), or a
+    published name (ssdlite_mobilenet_v2_coco)."""
     source: str
     """A folder (with its subfolders), a pattern ("shots/*.jpg"), or a .txt with a path on each line."""
     out: Path
@@ -52,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config.validate()
     from backbones.state import sha256_of
     from detection.engine.runtime import choose_device
+    from detection.inference.exported import files_of, is_exported
     from detection.inference.folder import digest, list_images, missing_shards, open_folder, predict_shards, unreadable
     from detection.inference.predictor import load_detector
     from detection.weights.hub import locate
@@ -59,13 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     paths = list_images(config.source)
     file = Path(locate(config.checkpoint))
+    exported = is_exported(file)  # runs on the CPU, on a machine with GPUs too
     detector = load_detector(
         file,
-        device=choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0))),
+        device=config.device if exported else choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0))),
         score_threshold=config.score_threshold,
     )
     identity = {
-        "checkpoint": sha256_of(file),
+        "checkpoint": "".join(sha256_of(one) for one in files_of(file)) if exported else sha256_of(file),
         "score_threshold": config.score_threshold,
         "images": len(paths),
         "list": digest(paths),

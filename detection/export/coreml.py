@@ -24,7 +24,7 @@ from detection.inference.exported import KEY
 from detection.inference.runners import quiet
 
 PACKAGES = ("coremltools",)
-_LOGS = ("", "coremltools")
+_LOGS = ("", "coremltools", "torch.utils._pytree")
 NOT_RUN = "not run: needs macOS"
 
 

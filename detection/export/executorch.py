@@ -23,7 +23,7 @@ from detection.inference.runners import quiet
 
 PACKAGES = ("executorch", "torchao")
 _INT8 = {"XNNPACK, per channel": True, "XNNPACK, per tensor": False}
-_LOGS = ("", "executorch", "torchao")
+_LOGS = ("", "executorch", "torchao", "torch.utils._pytree")
 
 
 class ProgramFile:

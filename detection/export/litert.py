@@ -9,10 +9,7 @@ The order of the outputs, boxes, classes, scores, count, is what video recorders
 
 from __future__ import annotations
 
-import contextlib
-import io
 import re
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -153,7 +150,7 @@ def _converted(network: Network, tail: OperatorTail | None) -> bytes:
 
     module = litert_torch.to_channel_last_io(_Network(network.module, tail).eval(), args=[0]).eval()
     images = torch.zeros(1, *network.input_size, 3, dtype=torch.uint8)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet(""):
         target = Path(folder, "network.tflite")
         litert_torch.convert(module, (images,)).export(str(target))
         return target.read_bytes()
@@ -166,7 +163,7 @@ def _quantised(
     from ai_edge_quantizer import qtyping, quantizer, recipe
 
     rules = recipe.static_wi8_ai8()
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet(""):
         source, target = Path(folder, "float.tflite"), Path(folder, "int8.tflite")
         source.write_bytes(content)
         worker = quantizer.Quantizer(str(source), rules)
@@ -295,13 +292,3 @@ def with_metadata(content: bytes, packed: bytes) -> bytes:
     entry.name, entry.buffer = BUFFER_NAME, len(model.buffers) - 1
     model.metadata = [*(model.metadata or []), entry]
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the converter and the quantiser from reporting their steps."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(quiet(""))
-        if not sys.stderr.isatty():  # its progress bars are for people
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        yield

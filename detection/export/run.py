@@ -19,7 +19,7 @@ from detection.export.options import Artefact, ExportOptions, Record, Variant
 from detection.export.sensitivity import LayerError, as_lines, chosen_layers, layer_errors
 from detection.export.subjects import Comparison, DetectorSubject, Subject
 from detection.export.verification import BOUNDS
-from detection.inference.exported import EXTRAS, SUFFIXES, Format, Precision, beside
+from detection.inference.exported import EXTRAS, SUFFIXES, Format, Precision, files_of
 from detection.weights.hub import locate
 from detection.weights.native import read_detector, read_file
 
@@ -352,14 +352,6 @@ def _missing_packages(to: Format) -> Iterator[None]:
         raise UserError(
             f"--to {to} needs the package {error.name}, which is not installed; pip install 'litedet[{extra}]'"
         ) from error
-
-
-def files_of(path: Path) -> list[Path]:
-    """An exported file with what belongs beside it, that which names the others last."""
-    if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
-    more = [path.with_suffix(".bin")] if path.suffix.lower() in (".xml", ".param") else []
-    return [*(file for file in (*more, beside(path)) if file.exists()), path]
 
 
 def _is_better(one: Tried, other: Tried) -> bool:

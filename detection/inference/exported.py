@@ -298,6 +298,14 @@ def beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
+def files_of(path: Path) -> list[Path]:
+    """An exported file with what belongs beside it, that which names the others last."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    more = [path.with_suffix(".bin")] if path.suffix.lower() in (".xml", ".param") else []
+    return [*(file for file in (*more, beside(path)) if file.exists()), path]
+
+
 def record_beside(path: Path) -> bytes | None:
     """The record beside a file; None where there is none."""
     return beside(path).read_bytes() if beside(path).is_file() else None

@@ -10,6 +10,7 @@ import copy
 import io
 import logging
 import queue
+import sys
 import threading
 import warnings
 from abc import ABC, abstractmethod
@@ -252,7 +253,8 @@ EXPORTER_LOGS = ("torch.onnx", "onnxscript")
 
 @contextlib.contextmanager
 def quiet(*logs: str) -> Iterator[None]:
-    """Keeps a library from reporting its steps: nothing on stdout, no warnings, errors alone in its logs.
+    """Keeps a library from reporting its steps: nothing on stdout, no warnings, errors alone in its logs, and progress bars
+    where a person sees them.
 
     Args:
         logs: names of loggers; "" is the root.
@@ -262,7 +264,11 @@ def quiet(*logs: str) -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            if not sys.stderr.isatty():
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             warnings.simplefilter("ignore")
             yield
     finally:
