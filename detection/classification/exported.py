@@ -19,7 +19,7 @@ from backbones.weights.info import WeightsInfo
 from detection.classification.config import TransformConfig
 from detection.classification.data import EvalTransform
 from detection.engine.plain import from_plain, to_plain
-from detection.inference.exported import Format, Precision, open_file
+from detection.inference.exported import Format, Precision, input_dtype, open_file
 from detection.inference.inputs import Image, to_array
 from detection.inference.runners import FileRunner
 
@@ -87,7 +87,7 @@ class ClassifierRecord:
             "task": "classification",
             "input": {
                 "layout": self.layout,
-                "dtype": "uint8",
+                "dtype": input_dtype(self.format),
                 "colour": "RGB",
                 "height": side,
                 "width": side,

@@ -49,10 +49,11 @@ class ExecuTorchRunner(_PathRunner):
 
     def __init__(self, path: Path, anchors: Tensor) -> None:
         super().__init__(path, anchors)
-        from executorch.runtime import Runtime
+        with quiet("", "torch.utils._pytree"):
+            from executorch.runtime import Runtime
 
-        self._program = Runtime.get().load_program(path)  # the method does not keep it alive
-        self._method = self._program.load_method("forward")
+            self._program = Runtime.get().load_program(path)  # the method does not keep it alive
+            self._method = self._program.load_method("forward")
         self._lock = (
             threading.Lock()
         )  # a method serves one caller at a time, and writes every answer to the same memory

@@ -24,7 +24,7 @@ from backbones.errors import UserError
 from backbones.state import existing_file
 from detection.engine.plain import from_plain, to_plain
 from detection.inference.edge_runners import AotRunner, ExecuTorchRunner, NcnnRunner
-from detection.inference.runners import FileRunner, OnnxRuntimeRunner, OpenVinoRunner, openvino_core
+from detection.inference.runners import FileRunner, OnnxRuntimeRunner, OpenVinoRunner, openvino_core, quiet
 from detection.models.build import build_detector, config_type
 from detection.models.detector import DetectorConfig
 from detection.postprocess import to_image
@@ -47,6 +47,13 @@ SUFFIXES: dict[str, Format] = {
 """Ending of an exported file -> its format. OpenVINO's and ncnn's weights lie beside it in a .bin of the same name."""
 EXTRAS: dict[Format, str] = {"litert": "litert", "executorch": "executorch", "ncnn": "ncnn", "coreml": "coreml"}
 """Format -> the extra that makes and runs it, where that is not "export"."""
+
+
+def input_dtype(kind: Format) -> str:
+    """Number format of a file's input, whose numbers are 0..255; ncnn knows no integers there."""
+    return "float32" if kind == "ncnn" else "uint8"
+
+
 KEY = "litedet"
 """Name of the record in ONNX's metadata_props, OpenVINO's rt_info, Core ML's metadata and torch.export's extra files."""
 RECORD_NAME = "litedet.json"
@@ -113,7 +120,7 @@ class ExportRecord:
         readable = {
             "input": {
                 "layout": self.layout,
-                "dtype": "uint8",
+                "dtype": input_dtype(self.format),
                 "colour": "RGB",
                 "height": model.input_size[0],
                 "width": model.input_size[1],
@@ -265,8 +272,8 @@ def _open_torch(path: Path) -> _Opened:
 
 
 def _open_executorch(path: Path) -> _Opened:
-    import executorch.runtime  # noqa: F401  asked for before the runner is made
-
+    with quiet(""):
+        import executorch.runtime  # noqa: F401  asked for before the runner is made
     return _archived_record(path), lambda anchors, size: ExecuTorchRunner(path, anchors)
 
 

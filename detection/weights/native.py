@@ -52,7 +52,13 @@ class DetectorFile:
     info: DetectorInfo
 
     def backbone(self) -> WeightsFile:
-        """Its backbone alone."""
+        """Its backbone alone.
+
+        Raises:
+            UserError: a detector that was fine-tuned in eight bits, whose backbone is part of a graph.
+        """
+        if self.info.quantize != "off":
+            raise UserError(f"{self.source} was fine-tuned in 8 bits; take the checkpoint that it was made of")
         model = self.info.model
         return WeightsFile(
             source=self.source,
