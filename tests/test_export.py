@@ -331,9 +331,9 @@ def check_layouts(runner: Runner) -> None:
     assert not images.is_contiguous()
     misread = torch.frombuffer(images.permute(0, 2, 3, 1).numpy(), dtype=torch.uint8).view(2, 3, 96, 128)
     given, same, other = (run_in_parts(runner, one) for one in (images, images.contiguous(), misread))
-    torch.testing.assert_close(given.codes, same.codes)
-    torch.testing.assert_close(given.class_logits, same.class_logits)
-    assert not torch.allclose(given.codes, other.codes, atol=1e-3)
+    torch.testing.assert_close(given.codes, same.codes, rtol=0, atol=1e-6)
+    torch.testing.assert_close(given.class_logits, same.class_logits, rtol=0, atol=1e-6)
+    assert (given.codes - other.codes).abs().max() > 2e-5  # an untrained network says nearly the same of all images
 
 
 @pytest.mark.slow
