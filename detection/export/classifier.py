@@ -5,7 +5,6 @@ Letters in shapes: B batch, K classes.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from backbones.classifier import Classifier
 from backbones.errors import UserError
 from backbones.layers import Normalise
-from backbones.state import sha256_of
+from backbones.state import load_plain, sha256_of
 from backbones.weights.info import WeightsInfo
 from backbones.weights.native import read_model
 from backbones.weights.readers import WeightsFile
@@ -29,7 +28,7 @@ from detection.classification.accuracy import count_correct
 from detection.classification.config import TransformConfig
 from detection.classification.data import EvalTransform, ImageFolder, read_image_folder
 from detection.classification.exported import ClassifierRecord, MeasuredAccuracy, open_classifier
-from detection.engine.checkpoint import load_checkpoint
+from detection.engine.checkpoint import is_checkpoint
 from detection.engine.plain import from_plain
 from detection.export.calibration import image_files, spread
 from detection.export.module import Network
@@ -230,11 +229,10 @@ class ClassifierSubject:
 def _transform(source: Path, job: ExportJob) -> TransformConfig:
     """How images become inputs: as the checkpoint's training evaluated, else as is the custom (224 pixels, middle)."""
     transform = TransformConfig()
-    if source.suffix == ".pt":
-        with contextlib.suppress(UserError):  # weights of another kind
-            plain = load_checkpoint(source, mapped=True)["config"].get("transform")
-            if plain is not None:
-                transform = from_plain(plain, TransformConfig, source=source)
+    content = load_plain(source) if source.suffix == ".pt" else None
+    if is_checkpoint(content):
+        assert isinstance(content, dict)
+        transform = from_plain(content["config"]["transform"], TransformConfig, source=source)
     if job.input_size is not None:
         if job.input_size[0] != job.input_size[1]:
             raise UserError(f"a classifier's input is a square here, got --input-size {job.input_size}")
