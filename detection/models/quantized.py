@@ -74,8 +74,6 @@ class QuantizedDetector(Detector):
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
         with torch.no_grad():
-            self._follow(False)
-            self.network(torch.zeros(2, 3, *self.config.input_size).contiguous(memory_format=torch.channels_last))
             network: nn.Module = convert_pt2e(copy.deepcopy(self.network))
         return network
 
@@ -88,20 +86,15 @@ class QuantizedDetector(Detector):
         return {"network": self.network}
 
     def _follow(self, follows: bool) -> None:
-        """Whether the ranges of the activations follow the batches. Those of the weights are always the weights' own.
+        """Whether the ranges follow the batches and the weights.
 
-        In every forward pass, for a moving average copies these flags from the network that is trained; and its scales belong
-        to averaged ranges.
+        Set in every forward pass, for a moving average copies these flags from the network that is trained.
         """
         from torchao.quantization.pt2e import FusedMovingAvgObsFakeQuantize
 
         for module in self.network.modules():
-            if isinstance(module, FusedMovingAvgObsFakeQuantize) and not module.is_per_channel:
+            if isinstance(module, FusedMovingAvgObsFakeQuantize):
                 module.observer_enabled.fill_(int(follows))
-                if not follows:
-                    scale, zero_point = module.calculate_qparams()
-                    module.scale.copy_(scale)
-                    module.zero_point.copy_(zero_point)
 
 
 class _Heads(nn.Module):
@@ -164,7 +157,7 @@ def _quantizer() -> Any:
     )
     weight = QuantizationSpec(
         dtype=torch.int8,
-        quant_min=-64,
+        quant_min=-63,  # -64 would make the scales of torchao's training and export differ
         quant_max=63,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
