@@ -90,11 +90,15 @@ class QuantizedDetector(Detector):
 
         Set in every forward pass, for a moving average copies these flags from the network that is trained.
         """
-        from torchao.quantization.pt2e import FusedMovingAvgObsFakeQuantize
+        from torchao.quantization.pt2e import FakeQuantize
 
         for module in self.network.modules():
-            if isinstance(module, FusedMovingAvgObsFakeQuantize):
+            if isinstance(module, FakeQuantize):
                 module.observer_enabled.fill_(int(follows))
+                if not follows:  # those of a moving average belong to its averaged ranges
+                    scale, zero_point = module.calculate_qparams()
+                    module.scale.copy_(scale)
+                    module.zero_point.copy_(zero_point)
 
 
 class _Heads(nn.Module):
@@ -134,6 +138,7 @@ def _prepared(network: nn.Module, input_size: tuple[int, int]) -> nn.Module:
 def _quantizer() -> Any:
     """What tells torchao where to round: see the module's docstring."""
     from torchao.quantization.pt2e import (
+        FakeQuantize,
         FusedMovingAvgObsFakeQuantize,
         MovingAverageMinMaxObserver,
         MovingAveragePerChannelMinMaxObserver,
@@ -157,11 +162,11 @@ def _quantizer() -> Any:
     )
     weight = QuantizationSpec(
         dtype=torch.int8,
-        quant_min=-63,  # -64 would make the scales of torchao's training and export differ
+        quant_min=-64,
         quant_max=63,
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
-        observer_or_fake_quant_ctr=FusedMovingAvgObsFakeQuantize.with_args(
+        observer_or_fake_quant_ctr=FakeQuantize.with_args(  # the fused kernel has other scales than an export
             observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, eps=2**-12
         ),
     )
