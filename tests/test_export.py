@@ -217,6 +217,8 @@ def test_images_are_taken_at_even_distances() -> None:
         ({"compiled": True}, "--compiled is for --to torch"),
         ({"keep_float": ("3",)}, "--keep-float is for --int8"),
         ({"max_detections": 0}, "must be at least 1"),
+        ({"int8": True, "calibration": Path("i"), "annotations": Path("a")}, "and --images are the same folder"),
+        ({"int8": True, "calibration": Path("k"), "labelled": Path("k")}, "and --labelled are the same folder"),
     ],
 )
 def test_options_that_do_not_fit(changes: dict[str, object], message: str) -> None:

@@ -132,10 +132,11 @@ class ExportJob:
             raise UserError("--keep-float is for --int8; add that, or leave it out")
         if min(self.num_calibration, self.num_verification, self.max_detections) < 1:
             raise UserError("--num-calibration, --num-verification and --max-detections must be at least 1")
-        if self.calibration is not None and self.images.resolve() == self.calibration.resolve() and self.annotations:
+        measured_on = self.images if self.annotations else self.labelled
+        if self.calibration is not None and measured_on and measured_on.resolve() == self.calibration.resolve():
             raise UserError(
-                f"--calibration and --images are the same folder, {self.images}; an AP on the images that the ranges were "
-                "set on says too much"
+                f"--calibration and --{'images' if self.annotations else 'labelled'} are the same folder, {measured_on}; a figure "
+                "on the images that the ranges were set on says too much"
             )
 
 
