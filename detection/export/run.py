@@ -135,7 +135,7 @@ class ExportJob:
         measured_on = self.images if self.annotations else self.labelled
         if self.calibration is not None and measured_on and measured_on.resolve() == self.calibration.resolve():
             raise UserError(
-                f"--calibration and --{'images' if self.annotations else 'labelled'} are the same folder, {measured_on}; a figure "
+                f"--calibration and --{'images' if self.annotations else 'labelled'} are the same folder, {measured_on}; figures "
                 "on the images that the ranges were set on says too much"
             )
 
