@@ -57,9 +57,12 @@ class Subject(Protocol):
 
     network: Network
     postprocess: PostprocessConfig
-    record: Record
     figure_name: str
     figure_torch: float | None
+
+    @property
+    def record(self) -> Record:
+        """See above."""
 
     def inputs(self, files: Sequence[Path]) -> NDArray[np.uint8]:
         """Images as the network sees them: uint8 [B, 3, H, W]."""

@@ -125,20 +125,15 @@ def export_all(job: ExportJob, folder: Path, say: Callable[[str], None] = print)
 
 
 def _jobs(job: ExportJob, folder: Path) -> list[ExportJob]:
+    plain = replace(job, int8=False, fp16=False, calibration=None, keep_float=())
     jobs = []
     for suffix, to in SUFFIXES.items():
-        numbers = [("float32", {}), *([("fp16", {"fp16": True})] if to in FP16 else [])]
+        jobs.append(replace(plain, to=to, out=folder / f"{to}_float32{suffix}"))
+        if to in FP16:
+            jobs.append(replace(plain, to=to, out=folder / f"{to}_fp16{suffix}", fp16=True))
         if job.calibration is not None and to in INT8:
-            numbers.append(("int8", {"int8": True}))
-        for name, given in numbers:
-            calibrated = job.calibration if given.get("int8") else None
-            plain = {
-                "int8": False,
-                "fp16": False,
-                "calibration": calibrated,
-                "keep_float": job.keep_float if calibrated else (),
-            }
-            jobs.append(replace(job, to=to, out=folder / f"{to}_{name}{suffix}", **{**plain, **given}))
+            calibrated = replace(plain, int8=True, calibration=job.calibration, keep_float=job.keep_float)
+            jobs.append(replace(calibrated, to=to, out=folder / f"{to}_int8{suffix}"))
     return jobs
 
 
