@@ -12,7 +12,17 @@ from backbones.errors import UserError
 
 Backend = Literal["torch", "compile", "onnxruntime", "openvino"]  # those of inference.runners, which loads torch
 Stage = Literal[
-    "predict", "backends", "postprocess", "folder", "train", "detectors", "busy", "loader", "open", "evaluate"
+    "predict",
+    "backends",
+    "postprocess",
+    "folder",
+    "train",
+    "detectors",
+    "busy",
+    "loader",
+    "open",
+    "evaluate",
+    "exports",
 ]
 NUM_IMAGES = 96  # read from --images, or drawn
 _PACKAGES: dict[Backend, tuple[str, ...]] = {
@@ -47,6 +57,8 @@ class BenchmarkConfig:
     backends: tuple[Backend, ...] = ("compile", "onnxruntime", "openvino")
     """Backends of the stages "backends", "detectors" and "folder" (which leaves out compile). The last two
     need pip install 'litedet[export]'."""
+    exported: tuple[Path, ...] = ()
+    """Files of litedet export, each timed in the stage "exports" in place of the int8 files that it makes itself."""
     batch_size: int = 24
     """Images per batch in the stages train, busy and loader."""
     folder_images: int = 288

@@ -40,8 +40,8 @@ if TYPE_CHECKING:  # what loads torch is imported when the command line is parse
 @dataclass(kw_only=True, slots=True)
 class EvalConfig:
     checkpoint: tyro.conf.Positional[Path | None] = None
-    """A training's best.pt, a detector's .safetensors, a file of litedet export (.onnx, .xml, .tflite, .pt2), or a published
-    name (litedet convert-weights --list)."""
+    """A training's best.pt, a detector's .safetensors, a file of litedet export (.onnx, .xml, .tflite, .pt2, .pte,
+    .param), or a published name (litedet convert-weights --list)."""
     annotations: Path
     """A COCO json. Its classes are matched with the detector's by name; it may have fewer."""
     images: Path | None = None

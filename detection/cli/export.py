@@ -1,4 +1,4 @@
-"""Make a file of a detector that phones, boards, recorders and servers run, verified by running it.
+"""Make a file of a detector or classifier that phones, boards, recorders and servers run, verified by running it.
 
 $ litedet export RUN/best.pt --to onnx --images DIR --out FILE.onnx
 $ litedet export RUN/best.pt --to litert --int8 --calibration DIR --annotations FILE --images DIR --out FILE.tflite
@@ -21,23 +21,33 @@ from detection.cli.outputs import refuse_overwrites
 from detection.engine.errors import main_errors
 
 if TYPE_CHECKING:  # what loads torch is imported when the command line is parsed
-    from detection.export.run import ExportResult
+    from detection.export.run import ExportJob, ExportResult
+    from detection.export.table import ExportTable
     from detection.inference.exported import Format
 
 
 @dataclass(kw_only=True, slots=True)
 class ExportConfig:
     checkpoint: tyro.conf.Positional[Path]
-    """A training's best.pt, a detector's .safetensors, or a published name."""
-    to: Literal["onnx", "openvino", "litert", "torch", "bundle", "web"]
-    """The format. onnx and openvino need pip install 'litedet[export]', litert pip install 'litedet[litert]'. bundle: a folder
-    with a model, its labels and a detect.py that needs no torch. web: a folder with a page that runs it in a browser."""
+    """A detector or a classifier: a training's best.pt, a .safetensors, or a published name."""
+    to: Literal["onnx", "openvino", "litert", "torch", "executorch", "ncnn", "coreml", "bundle", "web", "all"]
+    """The format. onnx and openvino need pip install 'litedet[export]', litert, executorch, ncnn and coreml an extra of their own
+    name. torch, executorch, ncnn and coreml end at the raw heads. coreml is converted and its structure checked, but not
+    run: that needs macOS. bundle: a folder with a model, its labels and a detect.py that needs no torch. web: a folder with a
+    page that runs it in a browser. all: a folder with files of all formats whose packages are installed and a table of them
+    (exports.md, exports.json)."""
     out: Path
-    """The file to write: .onnx, .xml (with a .bin beside it), .tflite or .pt2; of bundle and web a folder that does not exist."""
+    """The file to write: .onnx, .xml (with a .bin beside it), .tflite, .pt2, .pte, .param (with a .bin and a .json beside it) or
+    .mlpackage; of bundle and web a folder, which must not exist; of all the folder, whose table is continued."""
     images: Path
     """Folder with images that the file is run on before it gets its name; with --annotations the folder of its file names."""
     annotations: Path | None = None
     """A COCO json: AP of the checkpoint and of the file are measured on it, and the drop is printed. None: no AP."""
+    labelled: Path | None = None
+    """Of a classifier: a folder with a folder of images for each class, or for some of them (their numbers, where the checkpoint
+    has no names): top-1 of the checkpoint and of the file are measured on it, and the drop is printed. None: no top-1."""
+    resize: Literal["center_crop", "squash"] | None = None
+    """Of a classifier: how an image becomes square. None: as its training evaluated."""
     bundled: Literal["onnx", "litert"] = "onnx"
     """With --to bundle: the format of the model in it."""
     onnxruntime_web: str | None = None
@@ -54,7 +64,9 @@ class ExportConfig:
     num_verification: int = 16
     """Images that are compared with torch one by one."""
     fp16: bool = False
-    """With --to openvino: weights stored in 16 bits."""
+    """With --to openvino, ncnn or coreml: weights stored in 16 bits."""
+    compiled: bool = False
+    """With --to torch: an AOTInductor package, machine code for processors like this one. Needs a C++ compiler."""
     input_size: tuple[int, int] | None = None
     """(height, width) of the network's input. None: the one it was trained at."""
     score_threshold: float | None = None
@@ -67,10 +79,13 @@ class ExportConfig:
     """An int8 file that loses more AP than this is not written."""
     all_variants: bool = False
     """Try every known way to quantise. Otherwise the first that loses less than 0.002 AP ends the search."""
+    keep_float: tuple[str, ...] = ()
+    """With --int8: layers that stay in floating point, by name, or one number N: the N that 8 bits cost most. Where the drop
+    exceeds 0.01 the export names them."""
 
 
 @main_errors
-def main(argv: Sequence[str] | None = None) -> ExportResult:
+def main(argv: Sequence[str] | None = None) -> ExportResult | ExportTable:
     config = tyro.cli(ExportConfig, args=sys.argv[1:] if argv is None else argv, description=__doc__)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     if config.to in ("bundle", "web"):
@@ -88,8 +103,10 @@ def main(argv: Sequence[str] | None = None) -> ExportResult:
             "--images": config.images,
             "--calibration": config.calibration,
         },
-        {"--out": config.out},
+        {"--out": None if config.to == "all" or config.out.suffix == ".mlpackage" else config.out},
     )
+    if config.to == "all":
+        return _all(config)
     result = _folder(config) if config.to == "bundle" or config.to == "web" else _export(config, config.to, config.out)
     print(summary(result))
     if config.to == "bundle":
@@ -102,11 +119,29 @@ def main(argv: Sequence[str] | None = None) -> ExportResult:
 
 
 def _export(config: ExportConfig, to: Format, out: Path) -> ExportResult:
-    from detection.export.run import ExportJob, export
+    from detection.export.run import export
+
+    return export(_job(config, to, out))
+
+
+def _job(config: ExportConfig, to: Format, out: Path) -> ExportJob:
+    from detection.export.run import ExportJob
 
     own = ("bundled", "onnxruntime_web")
     given = {name: getattr(config, name) for name in ExportConfig.__dataclass_fields__ if name not in own}
-    return export(ExportJob(**{**given, "to": to, "out": out}))
+    return ExportJob(**{**given, "to": to, "out": out})
+
+
+def _all(config: ExportConfig) -> ExportTable:
+    from detection.export.table import export_all
+
+    if config.int8 or config.fp16 or config.raw:
+        raise UserError(
+            "--to all makes every number format (int8 where --calibration is given); leave --int8, --fp16 and --raw out"
+        )
+    table = export_all(_job(config, "torch", config.out / "none.pt2"), config.out)
+    print(f"\n{table.markdown()}\nwritten: {config.out / 'exports.md'}, {config.out / 'exports.json'}")
+    return table
 
 
 def _folder(config: ExportConfig) -> ExportResult:
@@ -131,13 +166,14 @@ def _folder(config: ExportConfig) -> ExportResult:
 
 def summary(result: ExportResult) -> str:
     """What was written, in lines."""
-    record, chosen = result.record, result.chosen
-    lines = [f"written: {result.path} ({chosen.size / 1e6:.2f} MB, {record.precision}, {record.outputs} out)"]
+    record, chosen, name = result.record, result.chosen, result.figure_name
+    outputs = getattr(record, "outputs", "logits")
+    lines = [f"written: {result.path} ({chosen.size / 1e6:.2f} MB, {record.precision}, {outputs} out)"]
     if len(result.tried) > 1:
         lines.append(f"best of {len(result.tried)} variants: {chosen.name}")
-    if chosen.ap is not None and result.ap_torch is not None:
+    if result.drop is not None:
         lines.append(
-            f"AP {chosen.ap:.4f}, torch {result.ap_torch:.4f}, drop {result.ap_torch - chosen.ap:+.4f} on "
+            f"{name} {chosen.figure:.4f}, torch {result.figure_torch:.4f}, drop {result.drop:+.4f} on "
             f"{record.measured.num_images} images, on {record.measured.processor}"
         )
     return "\n".join(lines)

@@ -33,8 +33,8 @@ Format = Literal["parquet", "coco", "yolo", "voc"]  # that of inference.folder_f
 @dataclass(kw_only=True, slots=True)
 class PredictConfig:
     checkpoint: tyro.conf.Positional[Path]
-    """A training's best.pt, a detector's .safetensors, a file of litedet export (.onnx, .xml, .tflite, .pt2), or a published
-    name (ssdlite_mobilenet_v2_coco)."""
+    """A training's best.pt, a detector's .safetensors, a file of litedet export (.onnx, .xml, .tflite, .pt2, .pte, .param), or a
+    published name (ssdlite_mobilenet_v2_coco)."""
     source: str
     """A folder (with its subfolders), a pattern ("shots/*.jpg"), or a .txt with a path on each line."""
     out: Path

@@ -42,8 +42,8 @@ _SCORE = 0.4  # without --score, where the checkpoint has no thresholds of its o
 @dataclass(kw_only=True, slots=True)
 class DemoConfig:
     checkpoint: tyro.conf.Positional[Path]
-    """A training's best.pt, a detector's .safetensors, a file of litedet export (.onnx, .xml, .tflite, .pt2), or a published
-    name (ssdlite_mobilenet_v2_coco)."""
+    """A training's best.pt, a detector's .safetensors, a file of litedet export (.onnx, .xml, .tflite, .pt2, .pte,
+    .param), or a published name (ssdlite_mobilenet_v2_coco)."""
     source: str
     """A video, an image, a folder of images, a pattern ("shots/*.jpg"), the number of a camera (0 is the first), or the URL
     of a stream."""

@@ -9,9 +9,7 @@ The order of the outputs, boxes, classes, scores, count, is what video recorders
 
 from __future__ import annotations
 
-import contextlib
-import io
-import sys
+import re
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -26,8 +24,8 @@ from torch import Tensor, nn
 from backbones.state import write_whole
 from detection.boxes import xyxy_to_cxcywh
 from detection.export.litert_metadata import BUFFER_NAME, associated_files, metadata
-from detection.export.module import RawHeads, Scores
-from detection.export.options import ExportOptions, Variant
+from detection.export.module import Network, Scores
+from detection.export.options import ExportOptions, Record, Variant
 from detection.inference.exported import ExportRecord
 from detection.inference.runners import quiet
 from detection.models.box_coders import SSDBoxCoder
@@ -86,19 +84,17 @@ class OperatorTail(nn.Module):
 
 
 class _Network(nn.Module):
-    """uint8 [1, 3, H, W] -> the heads, raw or as the operator takes them."""
+    """uint8 [1, 3, H, W] -> the outputs of a network, or its heads as the operator takes them."""
 
-    def __init__(self, model: Detector, raw: bool) -> None:
+    def __init__(self, heads: nn.Module, tail: OperatorTail | None) -> None:
         super().__init__()
-        self.heads = RawHeads(model)
-        self.tail = None if raw else OperatorTail(model)
+        self.heads = heads
+        self.tail = tail
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        codes, class_logits = self.heads(images)
-        if self.tail is None:
-            return codes, class_logits
-        first, second = self.tail(codes, class_logits)
-        return first, second
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.heads(images)
+        found: tuple[Tensor, ...] = outputs if self.tail is None else self.tail(*outputs)
+        return found
 
 
 class LiteRTFile:
@@ -113,13 +109,16 @@ class LiteRTFile:
         self.content = content
         self.finished = finished
 
-    def write(self, path: Path, record: ExportRecord) -> None:
+    def write(self, path: Path, record: Record) -> None:
         """See ``Artefact``."""
-        content = with_metadata(self.content, metadata(record)) if self.finished else self.content
+        content = self.content
+        if self.finished:
+            assert isinstance(record, ExportRecord)
+            content = with_metadata(content, metadata(record))
         write_whole(path, content + associated_files(record))
 
 
-def variants(model: Detector, options: ExportOptions) -> Iterator[Variant]:
+def variants(network: Network, options: ExportOptions) -> Iterator[Variant]:
     """Ways to make the file; see ``Exporter``.
 
     Raises:
@@ -127,11 +126,12 @@ def variants(model: Detector, options: ExportOptions) -> Iterator[Variant]:
     """
     import litert_torch  # noqa: F401  asked for before any work is done
 
-    tail = None if options.raw else OperatorTail(model)
-    content = _converted(model, options.raw)
+    model = network.detector
+    tail = None if options.raw or model is None else OperatorTail(model)
+    content = _converted(network, tail)
 
     def finish(flat: bytes) -> LiteRTFile:
-        if tail is not None:
+        if tail is not None and model is not None:
             flat = with_operator(flat, tail, model.num_classes, options.postprocess)
         return LiteRTFile(flat, finished=tail is not None)
 
@@ -140,34 +140,36 @@ def variants(model: Detector, options: ExportOptions) -> Iterator[Variant]:
         return
     assert options.calibration is not None
     for name, settings in _INT8.items():
-        quantised = partial(_quantised, content, options.calibration, **settings)
+        quantised = partial(_quantised, content, options.calibration, options.keep_float, **settings)
         yield Variant(name=name, make=lambda quantised=quantised: finish(quantised()))  # type: ignore[misc]
 
 
-def _converted(model: Detector, raw: bool) -> bytes:
+def _converted(network: Network, tail: OperatorTail | None) -> bytes:
     """The network as a flatbuffer: input uint8 [1, H, W, 3]."""
     import litert_torch
 
-    network = litert_torch.to_channel_last_io(_Network(model, raw).eval(), args=[0]).eval()
-    images = torch.zeros(1, *model.config.input_size, 3, dtype=torch.uint8)
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    module = litert_torch.to_channel_last_io(_Network(network.module, tail).eval(), args=[0]).eval()
+    images = torch.zeros(1, *network.input_size, 3, dtype=torch.uint8)
+    with tempfile.TemporaryDirectory() as folder, quiet(""):
         target = Path(folder, "network.tflite")
-        litert_torch.convert(network, (images,)).export(str(target))
+        litert_torch.convert(module, (images,)).export(str(target))
         return target.read_bytes()
 
 
-def _quantised(content: bytes, calibration: NDArray[np.uint8], *, tail_float: bool = True) -> bytes:
+def _quantised(
+    content: bytes, calibration: NDArray[np.uint8], keep_float: tuple[str, ...], *, tail_float: bool = True
+) -> bytes:
     """The flatbuffer in 8 bits: weights per channel, activations with the ranges that the images give."""
     from ai_edge_quantizer import qtyping, quantizer, recipe
 
     rules = recipe.static_wi8_ai8()
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet(""):
         source, target = Path(folder, "float.tflite"), Path(folder, "int8.tflite")
         source.write_bytes(content)
         worker = quantizer.Quantizer(str(source), rules)
-        if tail_float:
+        for scope in ([_TAIL_SCOPE] if tail_float else []) + [scope_of(layer) for layer in keep_float]:
             worker.update_quantization_recipe(
-                regex=_TAIL_SCOPE,
+                regex=scope,
                 operation_name=qtyping.TFLOperationName.ALL_SUPPORTED,
                 algorithm_key=quantizer.AlgorithmName.NO_QUANTIZE,
             )
@@ -176,6 +178,11 @@ def _quantised(content: bytes, calibration: NDArray[np.uint8], *, tail_float: bo
         result = worker.quantize(worker.calibrate(data, num_threads=1))
         result.export_model(str(target), overwrite=True)
         return target.read_bytes()
+
+
+def scope_of(layer: str) -> str:
+    """The regular expression that a layer's outputs match: LiteRT's names are the modules', each after its class."""
+    return "/".join(rf"\w+_{re.escape(part)}" for part in layer.split(".")) + r"(/|;|$)"
 
 
 def with_operator(content: bytes, tail: OperatorTail, num_classes: int, postprocess: PostprocessConfig) -> bytes:
@@ -285,13 +292,3 @@ def with_metadata(content: bytes, packed: bytes) -> bytes:
     entry.name, entry.buffer = BUFFER_NAME, len(model.buffers) - 1
     model.metadata = [*(model.metadata or []), entry]
     return bytes(flatbuffer_utils.convert_object_to_bytearray(model))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the converter and the quantiser from reporting their steps."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(quiet(""))
-        if not sys.stderr.isatty():  # its progress bars are for people
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        yield

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from detection.classification.exported import ClassifierRecord
 from detection.inference.exported import RECORD_NAME, ExportRecord
 
 BUFFER_NAME = "TFLITE_METADATA"
@@ -35,11 +36,11 @@ class _Byte:
     value: int
 
 
-def associated_files(record: ExportRecord) -> bytes:
+def associated_files(record: ExportRecord | ClassifierRecord) -> bytes:
     """The zip archive at the end of the file: the labels, a name a line, and the record. Not compressed, as readers want it."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
-        for name, text in ((LABELS_NAME, "\n".join(record.info.class_names) + "\n"), (RECORD_NAME, record.to_json())):
+        for name, text in ((LABELS_NAME, "\n".join(record.class_names) + "\n"), (RECORD_NAME, record.to_json())):
             archive.writestr(zipfile.ZipInfo(name), text)  # ZipInfo: no time of day, the same file twice
     return packed.getvalue()
 

@@ -4,12 +4,14 @@ Letters in shapes: B batch, A anchors, C columns of class logits, K classes, D n
 """
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from detection.inference.runners import fold_norms
 from detection.models.detector import Detector
+from detection.models.quantized import QuantizedDetector
 from detection.postprocess import PostprocessConfig
 
 
@@ -28,6 +30,57 @@ class RawHeads(nn.Module):
         """uint8 [B, 3, H, W], RGB -> box codes [B, A, D], class logits [B, A, C]."""
         raw = self.model(images)
         return raw.codes, raw.class_logits
+
+
+class LearntHeads(nn.Module):
+    """A detector that was fine-tuned in eight bits as a function of tensors alone, its ranges constants.
+
+    Args:
+        model: it stays as it is.
+    """
+
+    def __init__(self, model: QuantizedDetector) -> None:
+        super().__init__()
+        self.normalise = copy.deepcopy(model.normalise)
+        self.network = model.converted()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [B, 3, H, W], RGB -> box codes [B, A, D], class logits [B, A, C]."""
+        codes, class_logits = self.network(self.normalise(images))
+        return codes, class_logits
+
+
+@dataclass(kw_only=True, slots=True)
+class Network:
+    """What an exporter makes a file of.
+
+    Attributes:
+        module: uint8 [B, 3, H, W], RGB -> a float32 tensor for each output; in evaluation mode, on the CPU.
+        input_size: (height, width).
+        outputs: names of the outputs.
+        detector: whose raw heads the outputs are, for the tail behind them; None: there is none.
+        learnt: the module rounds to eight bits itself, with ranges that a training has found.
+    """
+
+    module: nn.Module
+    input_size: tuple[int, int]
+    outputs: tuple[str, ...]
+    detector: Detector | None = None
+    learnt: bool = False
+
+    @property
+    def image(self) -> Tensor:
+        """uint8 [1, 3, H, W], black: an input to trace with."""
+        return torch.zeros(1, 3, *self.input_size, dtype=torch.uint8)
+
+
+def network_of(model: Detector) -> Network:
+    """The network of a detector to its raw heads."""
+    outputs = ("codes", "class_logits")
+    if isinstance(model, QuantizedDetector):
+        module = LearntHeads(model)
+        return Network(module=module, input_size=model.config.input_size, outputs=outputs, detector=model, learnt=True)
+    return Network(module=RawHeads(model), input_size=model.config.input_size, outputs=outputs, detector=model)
 
 
 class Scores(nn.Module):

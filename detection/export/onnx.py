@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from backbones.state import write_whole
-from detection.export.module import RawHeads, Tail
-from detection.export.options import ExportOptions, Variant
-from detection.inference.exported import KEY, ExportRecord
-from detection.inference.runners import EXPORTER_LOGS, quiet, to_onnx
+from detection.export.module import Network, Tail
+from detection.export.options import ExportOptions, Record, Variant
+from detection.export.sensitivity import layers_of
+from detection.inference.exported import KEY
+from detection.inference.runners import EXPORTER_LOGS, module_to_onnx, quiet
 from detection.models.detector import Detector
 from detection.postprocess import PostprocessConfig
 
@@ -51,33 +52,77 @@ class OnnxFile:
     def __init__(self, content: bytes) -> None:
         self.content = content
 
-    def write(self, path: Path, record: ExportRecord) -> None:
+    def write(self, path: Path, record: Record) -> None:
         """See ``Artefact``."""
         import onnx
 
         model = onnx.load_from_string(self.content)
-        onnx.helper.set_model_props(model, {KEY: record.to_json(), "names": "\n".join(record.info.class_names)})
+        onnx.helper.set_model_props(model, {KEY: record.to_json(), "names": "\n".join(record.class_names)})
         write_whole(path, model.SerializeToString())
 
 
-def variants(model: Detector, options: ExportOptions) -> Iterator[Variant]:
+def variants(network: Network, options: ExportOptions) -> Iterator[Variant]:
     """Ways to make the file; see ``Exporter``.
 
     Raises:
         ImportError: a package is missing.
     """
-    raw = to_onnx(RawHeads(model).model)
-    tail = None if options.raw else tail_onnx(model, options.postprocess)
+    raw, tail = network_onnx(network), tail_of(network, options)
+    if network.learnt:
+        yield Variant(name=LEARNT, make=lambda: OnnxFile(raw if tail is None else joined(raw, tail)))
+        return
     if not options.int8:
         yield Variant(name="", make=lambda: OnnxFile(raw if tail is None else joined(raw, tail)))
         return
     assert options.calibration is not None
     if importlib.util.find_spec("nncf") is not None:
-        yield Variant(name=_CORRECTED, make=partial(_corrected, raw, tail, options.calibration))
+        excluded = nodes_of(raw, network, options.keep_float)
+        yield Variant(name=_CORRECTED, make=partial(_corrected, raw, tail, options.calibration, excluded))
     prepared = _prepared(raw)
+    excluded = nodes_of(prepared, network, options.keep_float)
     for name, settings in _INT8.items():
-        make = partial(_quantised, prepared, tail, options.calibration, **settings)
+        make = partial(_quantised, prepared, tail, options.calibration, excluded=excluded, **settings)
         yield Variant(name=name, make=make)
+
+
+LEARNT = "ranges of the training"
+"""Name of the one variant of a network that was fine-tuned in eight bits."""
+
+
+def network_onnx(network: Network) -> bytes:
+    """A network as an ONNX model, without its tail.
+
+    Raises:
+        ImportError: a package is missing.
+    """
+    return module_to_onnx(network.module, network.input_size, network.outputs)
+
+
+def tail_of(network: Network, options: ExportOptions) -> bytes | None:
+    """The tail that a file is to have behind the raw heads, see ``tail_onnx``; None where it is to have none."""
+    if options.raw or network.detector is None:
+        return None
+    return tail_onnx(network.detector, options.postprocess)
+
+
+def nodes_of(content: bytes, network: Network, layers: tuple[str, ...]) -> list[str]:
+    """Names of the convolutions (and linear layers) of an ONNX model that are these layers of the network.
+
+    Both list them in the order of the computation.
+
+    Args:
+        content: of ``network_onnx``, optimised or not.
+        network: what it was made of.
+        layers: names of modules, as ``detection.export.sensitivity.layers_of`` gives them.
+    """
+    import onnx
+
+    if not layers:
+        return []
+    order = list(layers_of(network))
+    nodes = [node for node in onnx.load_from_string(content).graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    assert len(nodes) == len(order), f"{len(nodes)} layers in the ONNX graph, {len(order)} in torch"
+    return [nodes[order.index(layer)].name for layer in layers]
 
 
 def tail_onnx(model: Detector, postprocess: PostprocessConfig) -> bytes:
@@ -168,6 +213,7 @@ def _quantised(
     tail: bytes | None,
     calibration: NDArray[np.uint8],
     *,
+    excluded: Sequence[str] = (),
     outputs_float: bool = False,
     per_channel: bool = True,
     percentile: float | None = None,
@@ -187,7 +233,7 @@ def _quantised(
             reduce_range=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=output_layers(prepared) if outputs_float else None,
+            nodes_to_exclude=[*excluded, *(output_layers(prepared) if outputs_float else ())],
             calibrate_method=method,
             extra_options={} if percentile is None else {"CalibPercentile": percentile},
         )
@@ -207,7 +253,9 @@ def quiet_nncf() -> Any:
     return nncf
 
 
-def _corrected(raw: bytes, tail: bytes | None, calibration: NDArray[np.uint8]) -> OnnxFile:
+def _corrected(
+    raw: bytes, tail: bytes | None, calibration: NDArray[np.uint8], excluded: Sequence[str] = ()
+) -> OnnxFile:
     """In 8 bits by NNCF, which then sets the layers' biases so that their mean outputs stay what they were."""
     import onnx
 
@@ -219,6 +267,7 @@ def _corrected(raw: bytes, tail: bytes | None, calibration: NDArray[np.uint8]) -
             nncf.Dataset(data),
             preset=nncf.QuantizationPreset.PERFORMANCE,
             subset_size=len(data),
+            ignored_scope=nncf.IgnoredScope(names=list(excluded)) if excluded else None,
             # Weights in seven bits: what reduce_range is to ONNX Runtime's quantiser.
             advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
         )

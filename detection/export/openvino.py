@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from detection.export.module import RawHeads
-from detection.export.onnx import TAIL, joined, quiet_nncf, tail_onnx
-from detection.export.options import ExportOptions, Variant
-from detection.inference.exported import KEY, ExportRecord
-from detection.inference.runners import openvino_core, to_onnx
-from detection.models.detector import Detector
+from detection.export.module import Network
+from detection.export.onnx import LEARNT, TAIL, joined, network_onnx, nodes_of, quiet_nncf, tail_of
+from detection.export.options import ExportOptions, Record, Variant
+from detection.inference.exported import KEY
+from detection.inference.runners import openvino_core
 
 PACKAGES = ("onnx", "onnxscript", "openvino")
 
@@ -40,7 +39,7 @@ class OpenVinoFile:
         self.model = model
         self.fp16 = fp16
 
-    def write(self, path: Path, record: ExportRecord) -> None:
+    def write(self, path: Path, record: Record) -> None:
         """See ``Artefact``."""
         import openvino
 
@@ -55,38 +54,40 @@ class OpenVinoFile:
             os.replace(staged, path)
 
 
-def variants(model: Detector, options: ExportOptions) -> Iterator[Variant]:
+def variants(network: Network, options: ExportOptions) -> Iterator[Variant]:
     """Ways to make the file; see ``Exporter``.
 
     Raises:
         ImportError: a package is missing.
     """
-
-    content = to_onnx(RawHeads(model).model)
-    if not options.raw:
-        content = joined(content, tail_onnx(model, options.postprocess))
+    content, tail = network_onnx(network), tail_of(network, options)
+    kept = nodes_of(content, network, options.keep_float)
+    if tail is not None:
+        content = joined(content, tail)
     core = openvino_core()
-    if not options.int8:
-        yield Variant(name="", make=lambda: OpenVinoFile(core.read_model(content), options.fp16))
+    if network.learnt or not options.int8:
+        name = LEARNT if network.learnt else ""
+        yield Variant(name=name, make=lambda: OpenVinoFile(core.read_model(content), options.fp16))
         return
     assert options.calibration is not None
     quiet_nncf()  # asked for before any work is done
     for name, settings in _INT8.items():
-        yield Variant(name=name, make=partial(_quantised, content, options.calibration, **settings))
+        yield Variant(name=name, make=partial(_quantised, content, options.calibration, kept, **settings))
 
 
 def _quantised(
-    content: bytes, calibration: NDArray[np.uint8], *, preset: str, fast_bias_correction: bool = True
+    content: bytes, calibration: NDArray[np.uint8], kept: list[str], *, preset: str, fast_bias_correction: bool = True
 ) -> OpenVinoFile:
     nncf = quiet_nncf()
     model = openvino_core().read_model(content)
-    tail = [node.get_friendly_name() for node in model.get_ops() if node.get_friendly_name().startswith(TAIL)]
+    names = [node.get_friendly_name() for node in model.get_ops()]
+    ignored = [name for name in names if name.startswith(TAIL) or name in kept]
     quantised = nncf.quantize(
         model,
         nncf.Dataset([calibration[place : place + 1] for place in range(len(calibration))]),
         preset=getattr(nncf.QuantizationPreset, preset),
         subset_size=len(calibration),
         fast_bias_correction=fast_bias_correction,
-        ignored_scope=nncf.IgnoredScope(names=tail, validate=False) if tail else None,
+        ignored_scope=nncf.IgnoredScope(names=ignored, validate=False) if ignored else None,
     )
     return OpenVinoFile(quantised, fp16=False)

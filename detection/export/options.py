@@ -8,8 +8,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from detection.classification.exported import ClassifierRecord
+from detection.export.module import Network
 from detection.inference.exported import ExportRecord
-from detection.models.detector import Detector
 from detection.postprocess import PostprocessConfig
 
 
@@ -22,20 +23,28 @@ class ExportOptions:
         int8: 8-bit weights and activations.
         fp16: weights stored in 16 bits.
         postprocess: thresholds inside a file that suppresses.
+        compiled: machine code for this kind of processor, where the format has it.
         calibration: uint8 [B, 3, H, W], images for the ranges of int8; None without int8.
+        keep_float: layers that stay in floating point, by their names in torch.
     """
 
     raw: bool = False
     int8: bool = False
     fp16: bool = False
+    compiled: bool = False
     postprocess: PostprocessConfig
     calibration: NDArray[np.uint8] | None = None
+    keep_float: tuple[str, ...] = ()
+
+
+Record = ExportRecord | ClassifierRecord
+"""What travels with a file."""
 
 
 class Artefact(Protocol):
     """A network in a format, not yet under a name."""
 
-    def write(self, path: Path, record: ExportRecord) -> None:
+    def write(self, path: Path, record: Record) -> None:
         """Writes the file, or files, with the record inside."""
         ...
 
@@ -53,5 +62,5 @@ class Variant:
     make: Callable[[], Artefact]
 
 
-Exporter = Callable[[Detector, ExportOptions], Iterator[Variant]]
-"""A detector on the CPU and what is wanted -> ways to make it, the most promising first."""
+Exporter = Callable[[Network, ExportOptions], Iterator[Variant]]
+"""A network and what is wanted -> ways to make the file, the most promising first."""

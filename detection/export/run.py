@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
+from typing import Literal
 
 from backbones.errors import UserError
-from backbones.state import sha256_of, write_whole
-from detection.export import litert, onnx, openvino, torch_program
-from detection.export.calibration import image_files, network_inputs, spread
-from detection.export.options import Artefact, Exporter, ExportOptions
-from detection.export.verification import BOUNDS, Difference, Evaluation, compare, milliseconds, processor_name
-from detection.inference.exported import SUFFIXES, ExportRecord, Format, Measured, Precision
-from detection.inference.predictor import Predictor, load_detector
-from detection.inference.runners import build_runner
-from detection.postprocess import PostprocessConfig
+from backbones.state import write_whole
+from backbones.weights.readers import WeightsFile
+from detection.export.calibration import image_files, spread
+from detection.export.classifier import ClassifierSubject
+from detection.export.options import Artefact, ExportOptions, Record, Variant
+from detection.export.sensitivity import LayerError, as_lines, chosen_layers, layer_errors
+from detection.export.subjects import Comparison, DetectorSubject, Subject
+from detection.export.verification import BOUNDS
+from detection.inference.exported import EXTRAS, SUFFIXES, Format, Precision, files_of
 from detection.weights.hub import locate
-from detection.weights.native import read_detector
+from detection.weights.native import read_detector, read_file
 
-_EXPORTERS: dict[Format, tuple[Exporter, tuple[str, ...]]] = {
-    "onnx": (onnx.variants, onnx.PACKAGES),
-    "openvino": (openvino.variants, openvino.PACKAGES),
-    "litert": (litert.variants, litert.PACKAGES),
-    "torch": (torch_program.variants, torch_program.PACKAGES),
+_EXPORTERS: dict[Format, str] = {
+    "onnx": "onnx",
+    "openvino": "openvino",
+    "litert": "litert",
+    "torch": "torch_program",
+    "executorch": "executorch",
+    "ncnn": "ncnn",
+    "coreml": "coreml",
 }
+"""Format -> the module of this package that makes it; each has ``variants`` (an ``Exporter``) and ``PACKAGES``."""
+RAW_ONLY: tuple[Format, ...] = ("torch", "executorch", "ncnn", "coreml")
+"""Formats whose files end at the raw heads."""
+FP16: tuple[Format, ...] = ("openvino", "ncnn", "coreml")
+"""Formats whose weights can be stored in 16 bits."""
+INT8: tuple[Format, ...] = ("onnx", "openvino", "litert", "executorch")
+"""Formats that compute in 8 bits."""
+_LEARNT: tuple[Format, ...] = ("onnx", "openvino", "executorch")
+"""Formats that take ranges that a training has learnt."""
+_NOTABLE = 0.01  # a drop from which on the layers are looked at
+_SAME = 0.001  # of figures that differ by less the faster file is better
+_NUM_PROBED = 8  # images that the layers are looked at with
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,13 +51,16 @@ class ExportJob:
     """One export.
 
     Attributes:
-        checkpoint: a training's best.pt, a detector's .safetensors or a published name.
+        checkpoint: of a detector or a classifier: a training's best.pt, a .safetensors or a published name.
         to: the format.
         out: the file to make.
         images: folder with images to verify the file on; those of ``annotations`` where these are given.
         annotations: a COCO json for AP; None: AP is not measured.
+        labelled: of a classifier, a folder with a folder of images for each class, for top-1; None: it is not measured.
+        resize: of a classifier, how an image becomes square; None: as its training did.
         raw: the file ends at the raw heads.
         int8, fp16: number format.
+        compiled: of torch, an AOTInductor package.
         calibration: folder with images for the ranges of int8.
         num_calibration, num_verification: images of the folders that are used.
         input_size: (height, width); None: the one it was trained at.
@@ -52,6 +68,8 @@ class ExportJob:
         enough: an int8 variant that loses less AP than this is taken, and no other is tried.
         max_drop: an int8 file that loses more AP than this is not written.
         all_variants: try every int8 variant.
+        keep_float: layers of an int8 file that stay in floating point: names, or one number N, the N that suffer most.
+        known_figure: what the checkpoint has on these images, where that was measured before.
     """
 
     checkpoint: str | Path
@@ -59,9 +77,12 @@ class ExportJob:
     out: Path
     images: Path
     annotations: Path | None = None
+    labelled: Path | None = None
+    resize: Literal["center_crop", "squash"] | None = None
     raw: bool = False
     int8: bool = False
     fp16: bool = False
+    compiled: bool = False
     calibration: Path | None = None
     num_calibration: int = 64
     num_verification: int = 16
@@ -72,6 +93,18 @@ class ExportJob:
     enough: float = 0.002
     max_drop: float = 0.05
     all_variants: bool = False
+    keep_float: tuple[str, ...] = ()
+    known_figure: float | None = None
+
+    @property
+    def is_raw(self) -> bool:
+        """The file ends at the raw heads."""
+        return self.raw or self.to in RAW_ONLY
+
+    @property
+    def precision(self) -> Precision:
+        """Number format of the file."""
+        return "int8" if self.int8 else "float16 weights" if self.fp16 else "float32"
 
     def validate(self) -> None:
         """Raises UserError for values that make no sense, alone or together."""
@@ -86,14 +119,24 @@ class ExportJob:
             raise UserError("--calibration is for --int8; add that, or leave the folder out")
         if self.int8 and self.fp16:
             raise UserError("--int8 and --fp16 are two number formats; give one")
-        if self.fp16 and self.to != "openvino":
-            raise UserError(f"--fp16 is for --to openvino, not {self.to}")
+        if self.fp16 and self.to not in FP16:
+            raise UserError(f"--fp16 is for --to {', '.join(FP16)}, not {self.to}")
+        if self.compiled and self.to != "torch":
+            raise UserError(f"--compiled is for --to torch, not {self.to}")
+        other = {"openvino": ".param", "ncnn": ".xml"}.get(self.to)
+        if other is not None and self.out.with_suffix(other).exists():
+            raise UserError(
+                f"--out {self.out}: {self.out.with_suffix(other)} has its weights in {self.out.stem}.bin, too"
+            )
+        if self.keep_float and not self.int8:
+            raise UserError("--keep-float is for --int8; add that, or leave it out")
         if min(self.num_calibration, self.num_verification, self.max_detections) < 1:
             raise UserError("--num-calibration, --num-verification and --max-detections must be at least 1")
-        if self.calibration is not None and self.images.resolve() == self.calibration.resolve() and self.annotations:
+        measured_on = self.images if self.annotations else self.labelled
+        if self.calibration is not None and measured_on and measured_on.resolve() == self.calibration.resolve():
             raise UserError(
-                f"--calibration and --images are the same folder, {self.images}; an AP on the images that the ranges were "
-                "set on says too much"
+                f"--calibration and --{'images' if self.annotations else 'labelled'} are the same folder, {measured_on}; figures "
+                "on the images that the ranges were set on says too much"
             )
 
 
@@ -103,17 +146,17 @@ class Tried:
 
     Attributes:
         name: of the variant; "" for floating point.
-        difference: from the checkpoint in torch.
-        ap: COCO AP; None where it was not measured.
+        difference: from the checkpoint in torch; None: nothing here runs the format.
+        figure: COCO AP, of a classifier top-1; None where it was not measured.
         size: of the file, or files, in bytes.
-        milliseconds: time of one image.
+        milliseconds: time of one image; None: nothing here runs the format.
     """
 
     name: str
-    difference: Difference
-    ap: float | None
+    difference: Comparison | None
+    figure: float | None
     size: int
-    milliseconds: float
+    milliseconds: float | None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,14 +168,25 @@ class ExportResult:
         record: what travels in it.
         tried: every variant that was run, in order.
         chosen: the one that was kept.
-        ap_torch: of the checkpoint on the same images; None where it was not measured.
+        figure_name: "AP" or "top-1".
+        figure_torch: of the checkpoint on the same images; None where it was not measured.
+        layers: what 8 bits cost in each layer, the worst first; () where that was not asked.
     """
 
     path: Path
-    record: ExportRecord
+    record: Record
     tried: list[Tried] = field(default_factory=list)
     chosen: Tried
-    ap_torch: float | None
+    figure_name: str
+    figure_torch: float | None
+    layers: list[LayerError] = field(default_factory=list)
+
+    @property
+    def drop(self) -> float | None:
+        """What the file loses; None where it was not measured."""
+        if self.chosen.figure is None or self.figure_torch is None:
+            return None
+        return self.figure_torch - self.chosen.figure
 
 
 def export(job: ExportJob, say: Callable[[str], None] = print) -> ExportResult:
@@ -147,141 +201,179 @@ def export(job: ExportJob, say: Callable[[str], None] = print) -> ExportResult:
         FileNotFoundError: see ``read_detector``.
     """
     job.validate()
-    source = locate(job.checkpoint)
-    model, info = read_detector(source, job.input_size)
-    reference = Predictor(build_runner(model, device=torch.device("cpu")), info)
-    exporter, packages = _EXPORTERS[job.to]
-    images = _verification_images(job, reference)
-    evaluation = Evaluation(job.annotations, job.images, reference) if job.annotations else None
-    inside = replace(info.postprocess)
-    if not job.raw:
-        inside = PostprocessConfig(
-            score_threshold=inside.score_threshold if job.score_threshold is None else job.score_threshold,
-            nms_threshold=inside.nms_threshold if job.nms_threshold is None else job.nms_threshold,
-            candidates=inside.candidates,
-            max_detections=job.max_detections,
-        )
-        inside.validate()
-    twin = Predictor(
-        reference.runner, replace(info, postprocess=inside)
-    )  # what the file is to say, threshold for threshold
-    options = ExportOptions(raw=job.raw, int8=job.int8, fp16=job.fp16, postprocess=inside)
-    if job.calibration is not None:
-        files = spread(image_files(job.calibration), job.num_calibration)
-        options.calibration = network_inputs(files, info.model)
-        say(f"calibration: {len(options.calibration)} images of {job.calibration}")
-    precision: Precision = "int8" if job.int8 else "float16 weights" if job.fp16 else "float32"
-    record = ExportRecord(
-        format=job.to,
-        outputs="raw" if job.raw else "detections",
-        precision=precision,
-        info=replace(info, postprocess=inside),
-        layout="NHWC" if job.to == "litert" else "NCHW",
-        versions=_versions(packages),
-        checkpoint_sha256=sha256_of(Path(source)) if Path(source).is_file() else "",
-        measured=Measured(
-            num_images=0 if evaluation is None else len(evaluation),
-            annotations="" if job.annotations is None else job.annotations.name,
-            processor=processor_name(),
-        ),
+    exporter = importlib.import_module(f"detection.export.{_EXPORTERS[job.to]}")
+    subject = open_subject(job, exporter.PACKAGES)
+    if subject.figure_torch is not None:
+        say(f"torch: {subject.figure_name} {subject.figure_torch:.4f} on {subject.record.measured.num_images} images")
+    options = ExportOptions(
+        raw=job.is_raw, int8=job.int8, fp16=job.fp16, compiled=job.compiled, postprocess=subject.postprocess
     )
-    if evaluation is not None:
-        record.measured.ap_torch = evaluation.ap(reference)
-        say(f"torch: AP {record.measured.ap_torch:.4f} on {len(evaluation)} images")
+    layers: list[LayerError] = []
+    if job.calibration is not None:
+        options.calibration = subject.inputs(spread(image_files(job.calibration), job.num_calibration))
+        say(f"calibration: {len(options.calibration)} images of {job.calibration}")
+        if job.keep_float:
+            layers = layer_errors(subject.network, options.calibration[:_NUM_PROBED])
+            options.keep_float = chosen_layers(job.keep_float, layers)
+            say(f"in floating point: {', '.join(options.keep_float)}")
 
     job.out.parent.mkdir(parents=True, exist_ok=True)  # said now where it cannot be, not after minutes
-    tried: list[Tried] = []
-    best: tuple[Tried, Artefact] | None = None
     # Not beside the file: an export that is killed leaves nothing among the user's own.
-    with tempfile.TemporaryDirectory(prefix="litedet-export-") as folder:
+    with tempfile.TemporaryDirectory(prefix="litedet-export-") as folder, _missing_packages(job.to):
         staged = Path(folder, job.out.name)
-        try:
-            for variant in exporter(model, options):
-                artefact = variant.make()
-                artefact.write(staged, replace(record, variant=variant.name))
-                one = _run(variant.name, staged, twin, images, evaluation)
-                tried.append(one)
-                say(_line(one, record.measured.ap_torch))
-                broken = one.difference.broken(BOUNDS[precision])
-                if broken:
-                    say(f"  it does not match the checkpoint: {broken}")
-                elif best is None or _loss(one) < _loss(best[0]):
-                    best = one, artefact
-                if not broken and not job.all_variants and _is_enough(one, record.measured.ap_torch, job.enough):
-                    break
-        except ImportError as error:
-            extra = "litert" if job.to == "litert" else "export"
-            raise UserError(
-                f"--to {job.to} needs the package {error.name}, which is not installed; pip install 'litedet[{extra}]'"
-            ) from error
-        if best is None:
-            raise UserError(
-                f"no variant matches the checkpoint; {job.out} is not written. {_reasons(tried, precision)}"
-            )
+        record = replace(subject.record, kept_float=options.keep_float)
+        variants: Iterator[Variant] = exporter.variants(subject.network, options)
+        if job.to == "coreml":
+            return _unrun(job, subject, next(variants).make(), staged, record, say)
+        tried, best = _try(job, subject, variants, staged, record, say)
         chosen, artefact = best
-        drop = None if chosen.ap is None or record.measured.ap_torch is None else record.measured.ap_torch - chosen.ap
+        drop = None
+        if chosen.figure is not None and subject.figure_torch is not None:
+            drop = subject.figure_torch - chosen.figure
+        if drop is not None and drop > _NOTABLE and options.calibration is not None and not layers:
+            layers = layer_errors(subject.network, options.calibration[:_NUM_PROBED])
+            say("\n".join(as_lines(layers)))
+            say("--keep-float N keeps the worst N in floating point, --keep-float NAME ... those")
         if drop is not None and drop > job.max_drop:
             raise UserError(
-                f"the best variant ({chosen.name or precision}) loses {drop:.4f} AP, more than --max-drop {job.max_drop:g}; "
-                f"{job.out} is not written"
+                f"the best variant ({chosen.name or record.precision}) loses {drop:.4f} {subject.figure_name}, more than "
+                f"--max-drop {job.max_drop:g}; {job.out} is not written"
             )
-        record.variant = chosen.name
-        record.measured.ap, record.measured.milliseconds = chosen.ap, chosen.milliseconds
-        artefact.write(staged, record)
-        load_detector(staged)  # the file with its last record opens
-        for path in _files(staged):  # OpenVINO's weights come before the graph that names them
+        final = subject.measured(chosen.figure, chosen.milliseconds)
+        final = replace(final, variant=chosen.name, kept_float=options.keep_float)
+        artefact.write(staged, final)
+        subject.check(staged)  # the file with its last record opens
+        for path in files_of(staged):  # weights come before the graph that names them
             write_whole(job.out.with_name(path.name), path.read_bytes())
-    return ExportResult(path=job.out, record=record, tried=tried, chosen=chosen, ap_torch=record.measured.ap_torch)
-
-
-def _run(name: str, path: Path, twin: Predictor, images: NDArray[np.uint8], evaluation: Evaluation | None) -> Tried:
-    detector = load_detector(path, default_score=None)
-    return Tried(
-        name=name,
-        difference=compare(detector, twin, images),
-        ap=None if evaluation is None else evaluation.ap(detector),
-        size=sum(file.stat().st_size for file in _files(path)),
-        milliseconds=milliseconds(detector, images),
+    return ExportResult(
+        path=job.out,
+        record=final,
+        tried=tried,
+        chosen=chosen,
+        figure_name=subject.figure_name,
+        figure_torch=subject.figure_torch,
+        layers=layers,
     )
 
 
-def _files(path: Path) -> list[Path]:
-    weights = path.with_suffix(".bin")
-    return [weights, path] if path.suffix == ".xml" and weights.exists() else [path]
+def open_subject(job: ExportJob, packages: tuple[str, ...]) -> Subject:
+    """The checkpoint of a job: a detector, or a classifier.
+
+    Raises:
+        FileNotFoundError, UserError: see ``read_file``; options that its kind does not have.
+    """
+    source = locate(job.checkpoint)
+    file = read_file(source)
+    if isinstance(file, WeightsFile):
+        return ClassifierSubject(job, file, Path(source), packages, job.precision)
+    if job.labelled is not None or job.resize is not None:
+        raise UserError(
+            f"{source} is a detector: its AP is measured with --annotations; leave --labelled and --resize out"
+        )
+    model, info = read_detector(source, job.input_size)
+    if info.quantize == "int8":
+        if job.int8 or job.fp16:
+            raise UserError(
+                f"{source} was fine-tuned in 8 bits and brings its ranges; leave --int8, --calibration and --fp16 out"
+            )
+        if job.to not in _LEARNT:
+            raise UserError(
+                f"{source} was fine-tuned in 8 bits, which --to {job.to} does not take; take {', '.join(_LEARNT)}"
+            )
+        return DetectorSubject(job, Path(source), model, info, packages, "int8")
+    return DetectorSubject(job, Path(source), model, info, packages, job.precision)
 
 
-def _loss(one: Tried) -> float:
-    return one.difference.error if one.ap is None else -one.ap
+def _try(
+    job: ExportJob,
+    subject: Subject,
+    variants: Iterator[Variant],
+    staged: Path,
+    record: Record,
+    say: Callable[[str], None],
+) -> tuple[list[Tried], tuple[Tried, Artefact]]:
+    """Makes and runs variants until one is good enough; gives all that were run, and the best.
+
+    Raises:
+        UserError: none matches the checkpoint.
+    """
+    tried: list[Tried] = []
+    best: tuple[Tried, Artefact] | None = None
+    for variant in variants:
+        artefact = variant.make()
+        artefact.write(staged, replace(record, variant=variant.name))
+        difference, figure, milliseconds = subject.run(staged)
+        size = sum(file.stat().st_size for file in files_of(staged))
+        one = Tried(name=variant.name, difference=difference, figure=figure, size=size, milliseconds=milliseconds)
+        tried.append(one)
+        say(_line(one, subject))
+        broken = difference.broken(BOUNDS[record.precision])
+        if broken:
+            say(f"  it does not match the checkpoint: {broken}")
+        elif best is None or _is_better(one, best[0]):
+            best = one, artefact
+        if not broken and not job.all_variants and _is_enough(one, subject.figure_torch, job.enough):
+            break
+    if best is None:
+        reasons = [(one, one.difference and one.difference.broken(BOUNDS[record.precision])) for one in tried]
+        text = "; ".join(f"{one.name or record.precision}: {reason}" for one, reason in reasons)
+        raise UserError(f"no variant matches the checkpoint; {job.out} is not written. {text}")
+    return tried, best
 
 
-def _is_enough(one: Tried, ap_torch: float | None, enough: float) -> bool:
-    if one.ap is None or ap_torch is None:
-        return one.difference.found == one.difference.sure
-    return ap_torch - one.ap < enough
+def _unrun(
+    job: ExportJob, subject: Subject, artefact: Artefact, staged: Path, record: Record, say: Callable[[str], None]
+) -> ExportResult:
+    """The end of an export to a format that nothing here runs: its structure is checked."""
+    from detection.export import coreml
+
+    artefact.write(staged, record)
+    say(coreml.check(staged, subject.network))
+    say(coreml.NOT_RUN)
+    artefact.write(job.out, record)
+    size = sum(file.stat().st_size for file in files_of(job.out))
+    chosen = Tried(name="", difference=None, figure=None, size=size, milliseconds=None)
+    return ExportResult(
+        path=job.out,
+        record=record,
+        tried=[chosen],
+        chosen=chosen,
+        figure_name=subject.figure_name,
+        figure_torch=subject.figure_torch,
+    )
 
 
-def _line(one: Tried, ap_torch: float | None) -> str:
+@contextlib.contextmanager
+def _missing_packages(to: Format) -> Iterator[None]:
+    """Says how to install what is missing."""
+    try:
+        yield
+    except ImportError as error:
+        extra = EXTRAS.get(to, "export")
+        raise UserError(
+            f"--to {to} needs the package {error.name}, which is not installed; pip install 'litedet[{extra}]'"
+        ) from error
+
+
+def _is_better(one: Tried, other: Tried) -> bool:
+    if one.figure is not None and other.figure is not None:
+        if abs(one.figure - other.figure) < _SAME and one.milliseconds is not None and other.milliseconds is not None:
+            return one.milliseconds < other.milliseconds
+        return one.figure > other.figure
+    assert one.difference is not None
+    assert other.difference is not None
+    return one.difference.error < other.difference.error
+
+
+def _is_enough(one: Tried, figure_torch: float | None, enough: float) -> bool:
+    if one.figure is None or figure_torch is None:
+        return one.difference is not None and one.difference.complete
+    return figure_torch - one.figure < enough
+
+
+def _line(one: Tried, subject: Subject) -> str:
     parts = [one.name] if one.name else []
-    if one.ap is not None and ap_torch is not None:
-        parts.append(f"AP {one.ap:.4f} (drop {ap_torch - one.ap:+.4f})")
+    if one.figure is not None and subject.figure_torch is not None:
+        parts.append(f"{subject.figure_name} {one.figure:.4f} (drop {subject.figure_torch - one.figure:+.4f})")
     parts += [f"{one.size / 1e6:.2f} MB", f"{one.milliseconds:.1f} ms", str(one.difference)]
     return "; ".join(parts)
-
-
-def _reasons(tried: list[Tried], precision: Precision) -> str:
-    return "; ".join(f"{one.name or precision}: {one.difference.broken(BOUNDS[precision])}" for one in tried)
-
-
-def _verification_images(job: ExportJob, reference: Predictor) -> NDArray[np.uint8]:
-    files = spread(image_files(job.images), job.num_verification)
-    return network_inputs(files, reference.info.model)
-
-
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    found = {}
-    for name in ("litedet", "torch", *packages):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = ""
-    return found

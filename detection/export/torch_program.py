@@ -1,8 +1,12 @@
-"""torch.export: an archive (.pt2) of the network to its raw heads, any batch, with the record among its extra files."""
+"""torch.export: an archive (.pt2) of the network to its raw heads, any batch, with the record among its extra files.
+
+On request an AOTInductor package of it: machine code for processors like this one, with the record beside it.
+"""
 
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +14,10 @@ import torch
 
 from backbones.errors import UserError
 from backbones.state import write_whole
-from detection.export.module import RawHeads
-from detection.export.options import ExportOptions, Variant
-from detection.inference.exported import KEY, ExportRecord
-from detection.models.detector import Detector
+from detection.export.module import Network
+from detection.export.options import ExportOptions, Record, Variant
+from detection.inference.exported import KEY, beside
+from detection.inference.runners import quiet
 
 PACKAGES = ()
 
@@ -28,27 +32,48 @@ class ProgramFile:
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         self.program = program
 
-    def write(self, path: Path, record: ExportRecord) -> None:
+    def write(self, path: Path, record: Record) -> None:
         """See ``Artefact``."""
         content = io.BytesIO()
         torch.export.save(self.program, content, extra_files={KEY: record.to_json()})
         write_whole(path, content.getbuffer())
 
 
-def variants(model: Detector, options: ExportOptions) -> Iterator[Variant]:
+class CompiledFile:
+    """An AOTInductor package in memory.
+
+    Args:
+        content: of the package.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    def write(self, path: Path, record: Record) -> None:
+        """See ``Artefact``."""
+        write_whole(beside(path), record.to_json().encode())
+        write_whole(path, self.content)
+
+
+def variants(network: Network, options: ExportOptions) -> Iterator[Variant]:
     """Ways to make the file; see ``Exporter``.
 
     Raises:
         UserError: int8, which this format does not have here.
     """
-    if options.int8 or options.fp16:
-        raise UserError("--to torch writes float32; take onnx, openvino or litert for int8")
-    if not options.raw:
-        raise UserError("--to torch ends at the raw heads; add --raw, or take onnx, openvino or litert")
+    if options.int8:
+        raise UserError("--to torch writes float32; take onnx, openvino, litert or executorch for int8")
 
-    def make() -> ProgramFile:
-        images = torch.zeros(2, 3, *model.config.input_size, dtype=torch.uint8)
-        shapes = ({0: torch.export.Dim("batch")},)
-        return ProgramFile(torch.export.export(RawHeads(model), (images,), dynamic_shapes=shapes))
+    def make() -> ProgramFile | CompiledFile:
+        images = network.image.repeat(2, 1, 1, 1)
+        program = torch.export.export(network.module, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        return _compiled(program) if options.compiled else ProgramFile(program)
 
     yield Variant(name="", make=make)
+
+
+def _compiled(program: torch.export.ExportedProgram) -> CompiledFile:
+    with tempfile.TemporaryDirectory() as folder, quiet(""):
+        target = Path(folder, "package.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=str(target))
+        return CompiledFile(target.read_bytes())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,6 +81,11 @@ class Difference:
         """One number to choose by where there is no AP: the share of sure detections not found, then score, then box."""
         missed = 1 - self.found / self.sure if self.sure else 0.0
         return missed + 0.1 * self.score + 0.001 * self.box
+
+    @property
+    def complete(self) -> bool:
+        """The file finds all that torch is sure of."""
+        return self.found == self.sure
 
     def broken(self, bounds: Bounds) -> str | None:
         """What is out of bounds; None where nothing is."""
@@ -201,14 +208,24 @@ class Evaluation:
         return float(evaluator.compute().figures["AP"])
 
 
-def milliseconds(predictor: Predictor, images: NDArray[np.uint8], rounds: int = 20) -> float:
-    """Shortest time of one image through the runner alone, in milliseconds, with the threads that it was opened with."""
+def milliseconds(
+    runner: Any, images: NDArray[np.uint8], run: Callable[[torch.Tensor], object] | None = None, rounds: int = 20
+) -> float:
+    """Shortest time of one image, in milliseconds.
+
+    Args:
+        runner: a runner, with the threads that it was opened with, or any function of images.
+        images: uint8 [B, 3, H, W].
+        run: what is timed; None: the runner itself.
+        rounds: after three to warm up.
+    """
+    run = run or runner
     one = torch.from_numpy(images[:1]).contiguous(memory_format=torch.channels_last)
     times = []
-    with torch.inference_mode(), threads_for(predictor.runner):
+    with torch.inference_mode(), threads_for(runner):
         for _ in range(rounds + 3):
             before = time.perf_counter()
-            predictor.runner(one)
+            run(one)
             times.append(time.perf_counter() - before)
     return 1000 * min(times)  # what else the machine does only adds to it
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import queue
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,23 +23,41 @@ from torch import Tensor
 from backbones.errors import UserError
 from backbones.state import existing_file, sha256_of
 from detection.engine.plain import from_plain, to_plain
-from detection.inference.runners import OnnxRuntimeRunner, OpenVinoRunner, as_predictions, openvino_core
+from detection.inference.edge_runners import AotRunner, ExecuTorchRunner, NcnnRunner
+from detection.inference.runners import FileRunner, OnnxRuntimeRunner, OpenVinoRunner, openvino_core, quiet
 from detection.models.build import build_detector, config_type
 from detection.models.detector import DetectorConfig
 from detection.postprocess import to_image
 from detection.structures import Detections, RawPredictions, Runner
 from detection.weights.info import DetectorInfo
 
-Format = Literal["onnx", "openvino", "litert", "torch"]
+Format = Literal["onnx", "openvino", "litert", "torch", "executorch", "ncnn", "coreml"]
 Outputs = Literal["raw", "detections"]
 Precision = Literal["float32", "float16 weights", "int8"]
 
-SUFFIXES: dict[str, Format] = {".onnx": "onnx", ".xml": "openvino", ".tflite": "litert", ".pt2": "torch"}
-"""Ending of an exported file -> its format."""
+SUFFIXES: dict[str, Format] = {
+    ".onnx": "onnx",
+    ".xml": "openvino",
+    ".tflite": "litert",
+    ".pt2": "torch",
+    ".pte": "executorch",
+    ".param": "ncnn",
+    ".mlpackage": "coreml",
+}
+"""Ending of an exported file -> its format. OpenVINO's and ncnn's weights lie beside it in a .bin of the same name."""
+EXTRAS: dict[Format, str] = {"litert": "litert", "executorch": "executorch", "ncnn": "ncnn", "coreml": "coreml"}
+"""Format -> the extra that makes and runs it, where that is not "export"."""
+
+
+def input_dtype(kind: Format) -> str:
+    """Number format of a file's input, whose numbers are 0..255; ncnn knows no integers there."""
+    return "float32" if kind == "ncnn" else "uint8"
+
+
 KEY = "litedet"
-"""Name of the record in ONNX's metadata_props, OpenVINO's rt_info and torch.export's extra files."""
+"""Name of the record in ONNX's metadata_props, OpenVINO's rt_info, Core ML's metadata and torch.export's extra files."""
 RECORD_NAME = "litedet.json"
-"""Name of the record among the associated files of a .tflite file, which are a zip archive at its end."""
+"""Name of the record in the zip archive at the end of a .tflite or .pte file."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,6 +93,7 @@ class ExportRecord:
         info: how images are placed, normalisation, names, thresholds, anchors or strides, box coder.
         layout: order of the axes of the uint8 input.
         versions: of the packages that made it.
+        kept_float: layers of an int8 file that stay in floating point.
         checkpoint_sha256: of the file it was made of.
         measured: what it was measured to do.
     """
@@ -85,9 +104,15 @@ class ExportRecord:
     variant: str = ""
     info: DetectorInfo
     layout: Literal["NCHW", "NHWC"] = "NCHW"
+    kept_float: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     checkpoint_sha256: str = ""
     measured: Measured = field(default_factory=Measured)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each label."""
+        return self.info.class_names
 
     def to_json(self) -> str:
         """The record as json, with what other programs want to know at the top: size, names, normalisation."""
@@ -95,7 +120,7 @@ class ExportRecord:
         readable = {
             "input": {
                 "layout": self.layout,
-                "dtype": "uint8",
+                "dtype": input_dtype(self.format),
                 "colour": "RGB",
                 "height": model.input_size[0],
                 "width": model.input_size[1],
@@ -115,7 +140,10 @@ class ExportRecord:
             UserError: text of another kind, or of a later version.
         """
         try:
-            plain = json.loads(text)["record"]
+            content = json.loads(text)
+            plain = content["record"]
+            if content.get("task") == "classification":
+                raise UserError(f"{source} is an exported classifier; a detector was expected")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{source}: its record cannot be read ({error})") from error
         record = from_plain(plain, cls, {DetectorConfig: config_type}, source)
@@ -129,9 +157,8 @@ def is_exported(path: str | Path) -> bool:
 
 
 def sha256_of_detector(path: Path) -> str:
-    """The SHA-256 of a detector's file; of an OpenVINO file and of its weights beside it, joined by "+"."""
-    weights = [path.with_suffix(".bin")] if path.suffix.lower() == ".xml" else []
-    return "+".join(sha256_of(one) for one in (path, *weights))
+    """The SHA-256 of a detector's file; of an exported one and of each file that belongs to it, joined by "+"."""
+    return "+".join(sha256_of(one) for one in (files_of(path) if is_exported(path) else [path]))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -151,37 +178,72 @@ def open_exported(path: str | Path, *, backend: str | None = None) -> Exported:
     """An exported file, ready to run on the CPU.
 
     Args:
-        path: ``.onnx``, ``.xml`` (its ``.bin`` beside it), ``.tflite`` or ``.pt2``, as ``litedet export`` writes them.
+        path: a file as ``litedet export`` writes it, of one of ``SUFFIXES`` with what belongs beside it.
         backend: "openvino" runs an ONNX file by OpenVINO; None: by the library that the format belongs to.
 
     Raises:
         FileNotFoundError: no such file.
         UserError: not an exported detector of ours, damaged, or the package that runs it is missing.
     """
-    path = existing_file(path, "an exported detector")
+    text, make = open_file(path, backend=backend)
+    record = _record_of(text, Path(path))
+    try:
+        anchors = build_detector(record.info.model, len(record.info.class_names)).anchors
+        return Exported(runner=make(anchors, record.info.model.input_size), record=record)
+    except (UserError, OSError):
+        raise
+    except Exception as error:
+        raise _cannot_be_opened(Path(path), error) from error
+
+
+MakeRunner = Callable[[Tensor, tuple[int, int]], FileRunner]
+"""Anchors [A, 4] ([0, 4]: no detector) and input size (height, width) -> what runs the file."""
+
+
+def open_file(path: str | Path, *, backend: str | None = None) -> tuple[str | bytes | None, MakeRunner]:
+    """The record in an exported file, a detector's or a classifier's, as text (None: there is none), and what runs the file.
+
+    Args:
+        path, backend: as for ``open_exported``.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: damaged, of a format that does not run here, or the package that runs it is missing.
+    """
+    path = Path(path)
     kind = SUFFIXES[path.suffix.lower()]
+    if kind == "coreml":
+        raise UserError(f"{path}: a Core ML model runs on Apple's systems alone, and is not run here")
+    path = existing_file(path, "an exported detector")
     if backend is not None and (kind, backend) not in (("onnx", "onnxruntime"), ("onnx", "openvino"), (kind, kind)):
         raise UserError(f"{path}: backend {backend} does not run a file of the format {kind}; leave it out")
-    opener = {"onnx": _open_onnx, "openvino": _open_openvino, "litert": _open_litert, "torch": _open_torch}[kind]
+    opener = _OPENERS[kind]
     try:
-        return opener(path, backend == "openvino")
+        text, make = opener(path)
+        if kind == "onnx" and backend == "openvino":
+            content = path.read_bytes()
+            return text, lambda anchors, size: OpenVinoRunner(content, anchors)
+        return text, make
     except ImportError as error:
-        extra = {"litert": "litert"}.get(kind, "export")
+        extra = EXTRAS.get(kind, "export")
         raise UserError(
             f"{path} needs the package {error.name}, which is not installed; pip install 'litedet[{extra}]'"
         ) from error
     except (UserError, OSError):
         raise
     except Exception as error:  # each library has its own for a damaged file
-        first = (str(error).strip().splitlines() or [""])[0][:300]
-        raise UserError(f"{path} cannot be opened: {type(error).__name__}: {first}") from error
+        raise _cannot_be_opened(path, error) from error
 
 
-def _anchors(record: ExportRecord) -> Tensor:
-    return build_detector(record.info.model, len(record.info.class_names)).anchors
+def _cannot_be_opened(path: Path, error: Exception) -> UserError:
+    first = (str(error).strip().splitlines() or [""])[0][:300]
+    return UserError(f"{path} cannot be opened: {type(error).__name__}: {first}")
 
 
-def _open_onnx(path: Path, with_openvino: bool) -> Exported:
+_Opened = tuple[str | bytes | None, MakeRunner]
+
+
+def _open_onnx(path: Path) -> _Opened:
     import onnxruntime
 
     content = path.read_bytes()
@@ -189,35 +251,76 @@ def _open_onnx(path: Path, with_openvino: bool) -> Exported:
     quick.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(content, quick, providers=["CPUExecutionProvider"])
     metadata: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
-    del session
-    record = _record_of(metadata.get(KEY), path)
-    make = OpenVinoRunner if with_openvino else OnnxRuntimeRunner
-    return Exported(runner=make(content, _anchors(record)), record=record)
+    return metadata.get(KEY), lambda anchors, size: OnnxRuntimeRunner(content, anchors)
 
 
-def _open_openvino(path: Path, _: bool) -> Exported:
+def _open_openvino(path: Path) -> _Opened:
     existing_file(path.with_suffix(".bin"), f"the weights of {path.name}")
     model = openvino_core().read_model(path)
     text = model.get_rt_info([KEY]).astype(str) if model.has_rt_info([KEY]) else None
-    record = _record_of(text, path)
-    return Exported(runner=OpenVinoRunner(path, _anchors(record)), record=record)
+    return text, lambda anchors, size: OpenVinoRunner(path, anchors)
 
 
-def _open_litert(path: Path, _: bool) -> Exported:
-    text: bytes | None = None
-    with contextlib.suppress(zipfile.BadZipFile, KeyError), zipfile.ZipFile(path) as archive:
-        text = archive.read(RECORD_NAME)
-    record = _record_of(text, path)
-    return Exported(
-        runner=LiteRTRunner(path.read_bytes(), _anchors(record), record.info.model.input_size), record=record
-    )
+def _open_litert(path: Path) -> _Opened:
+    content = path.read_bytes()
+    return _archived_record(path), lambda anchors, size: LiteRTRunner(content, anchors, size)
 
 
-def _open_torch(path: Path, _: bool) -> Exported:
+def _open_torch(path: Path) -> _Opened:
+    with zipfile.ZipFile(path) as archive:
+        compiled = any("/aotinductor/" in name for name in archive.namelist())
+    if compiled:
+        return record_beside(path), lambda anchors, size: AotRunner(path, anchors)
     extra = {KEY: ""}
     program = torch.export.load(path, extra_files=extra)
-    record = _record_of(extra[KEY] or None, path)
-    return Exported(runner=ProgramRunner(path, program, _anchors(record)), record=record)
+    return extra[KEY] or None, lambda anchors, size: ProgramRunner(path, program, anchors)
+
+
+def _open_executorch(path: Path) -> _Opened:
+    with quiet(""):
+        import executorch.runtime  # noqa: F401  asked for before the runner is made
+    return _archived_record(path), lambda anchors, size: ExecuTorchRunner(path, anchors)
+
+
+def _open_ncnn(path: Path) -> _Opened:
+    import ncnn  # noqa: F401  asked for before the runner is made
+
+    existing_file(path.with_suffix(".bin"), f"the weights of {path.name}")
+    return record_beside(path), lambda anchors, size: NcnnRunner(path, anchors)
+
+
+_OPENERS: dict[Format, Callable[[Path], _Opened]] = {
+    "onnx": _open_onnx,
+    "openvino": _open_openvino,
+    "litert": _open_litert,
+    "torch": _open_torch,
+    "executorch": _open_executorch,
+    "ncnn": _open_ncnn,
+}
+
+
+def _archived_record(path: Path) -> bytes | None:
+    with contextlib.suppress(zipfile.BadZipFile, KeyError), zipfile.ZipFile(path) as archive:
+        return archive.read(RECORD_NAME)
+    return None
+
+
+def beside(path: Path) -> Path:
+    """Where the record of a file lies that has no room for it: ``detector.param.json`` for ``detector.param``."""
+    return path.with_name(f"{path.name}.json")
+
+
+def files_of(path: Path) -> list[Path]:
+    """An exported file with what belongs beside it, that which names the others last."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    more = [path.with_suffix(".bin")] if path.suffix.lower() in (".xml", ".param") else []
+    return [*(file for file in (*more, beside(path)) if file.exists()), path]
+
+
+def record_beside(path: Path) -> bytes | None:
+    """The record beside a file; None where there is none."""
+    return beside(path).read_bytes() if beside(path).is_file() else None
 
 
 def _record_of(text: str | bytes | None, path: Path) -> ExportRecord:
@@ -269,7 +372,7 @@ class FilePostprocess:
         return found
 
 
-class LiteRTRunner:
+class LiteRTRunner(FileRunner):
     """A ``.tflite`` file of a detector, run by LiteRT's interpreter on the CPU, image by image.
 
     Args:
@@ -282,8 +385,6 @@ class LiteRTRunner:
         ImportError: the package ai-edge-litert is not installed.
     """
 
-    device = torch.device("cpu")
-    own_threads = True
     max_batch = 1
 
     def __init__(
@@ -304,8 +405,8 @@ class LiteRTRunner:
         interpreter.allocate_tensors()
         return interpreter
 
-    def __call__(self, images: Tensor) -> RawPredictions:
-        """See ``Runner``."""
+    def outputs(self, images: Tensor) -> list[NDArray[np.float32]]:
+        """See ``FileRunner``."""
         try:
             interpreter = self._free.get_nowait()
         except queue.Empty:
@@ -318,10 +419,7 @@ class LiteRTRunner:
             outputs = [interpreter.get_tensor(one["index"]) for one in interpreter.get_output_details()]
         finally:
             self._free.put(interpreter)
-        if len(outputs) == 4:  # TFLite_Detection_PostProcess
-            return as_predictions([_rows(outputs, self.input_size)], self.anchors)
-        codes, class_logits = outputs
-        return as_predictions([codes, class_logits], self.anchors)
+        return [_rows(outputs, self.input_size)] if len(outputs) == 4 else outputs  # 4: TFLite_Detection_PostProcess
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.content, self.anchors, self.input_size)
@@ -339,8 +437,8 @@ def _rows(outputs: list[NDArray[Any]], input_size: tuple[int, int]) -> NDArray[n
     return rows
 
 
-class ProgramRunner:
-    """A torch.export archive of a detector on the CPU.
+class ProgramRunner(FileRunner):
+    """A torch.export archive of a network on the CPU.
 
     Args:
         path: of the archive.
@@ -348,18 +446,17 @@ class ProgramRunner:
         anchors: float32 [A, 4], the detector's.
     """
 
-    device = torch.device("cpu")
+    own_threads = False
 
     def __init__(self, path: Path, program: torch.export.ExportedProgram, anchors: Tensor) -> None:
         self.path = path
         self.anchors = anchors
         self._module = program.module()
 
-    def __call__(self, images: Tensor) -> RawPredictions:
-        """See ``Runner``."""
+    def outputs(self, images: Tensor) -> list[NDArray[np.float32]]:
+        """See ``FileRunner``."""
         # An archive is traced for one layout; another one may be misread without a word.
-        codes, class_logits = self._module(images.contiguous())
-        return RawPredictions(codes, class_logits, self.anchors)
+        return [output.detach().numpy() for output in self._module(images.contiguous())]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _program_runner, (self.path, self.anchors)

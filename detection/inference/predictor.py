@@ -132,7 +132,7 @@ def load_detector(
 
     Args:
         path: a training's ``best.pt``, a detector's ``.safetensors``, a file of ``litedet export`` (``.onnx``, ``.xml``,
-            ``.tflite``, ``.pt2``), or a published name, which is downloaded once:
+            ``.tflite``, ``.pt2``, ``.pte``, ``.param``), or a published name, which is downloaded once:
             ``load_detector("ssdlite_mobilenet_v2_coco")``.
         device: "auto", "cpu", "cuda", "cuda:1", "mps" or a ``torch.device``; see ``choose_device``.
         score_threshold: detections below it are dropped. None: below the best threshold of their class where the file has

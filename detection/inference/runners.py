@@ -10,8 +10,10 @@ import copy
 import io
 import logging
 import queue
+import sys
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,12 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from backbones.errors import UserError
 from backbones.layers import ConvNormAct
 from detection.models.detector import Detector
+from detection.models.folding import fold_norms
 from detection.models.litedet import LiteDetHead
+from detection.models.quantized import QuantizedDetector
 from detection.structures import RawPredictions, Runner
 
 Backend = Literal["torch", "compile", "onnxruntime", "openvino"]
@@ -52,6 +55,12 @@ def build_runner(
     if backend not in get_args(Backend):
         raise UserError(f"backend {backend!r} is unknown; there are {', '.join(map(repr, get_args(Backend)))}")
     device = device or model.anchors.device
+    if isinstance(model, QuantizedDetector):
+        if backend != "torch" or amp != "off":
+            raise UserError(
+                "a detector that was fine-tuned in 8 bits runs with backend 'torch' in float32, or exported"
+            )
+        return TorchRunner(copy.deepcopy(model).eval().to(device), device)
     folded = fold_norms(merge_outputs(copy.deepcopy(model).eval())).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if backend == "torch":
         # oneDNN's packed layers are float32.
@@ -70,15 +79,6 @@ def build_runner(
         raise UserError(
             f"backend {backend} needs the package {error.name}, which is not installed; pip install 'litedet[export]'"
         ) from error
-
-
-def fold_norms(model: Detector) -> Detector:
-    """Fold every batch norm into the convolution before it, in place: the same function with half the layers."""
-    for module in model.modules():
-        if isinstance(module, ConvNormAct) and isinstance(module.norm, nn.BatchNorm2d):
-            module.conv = fuse_conv_bn_eval(module.conv, module.norm)
-            module.norm = nn.Identity()  # type: ignore[assignment]
-    return model
 
 
 def merge_outputs(model: Detector) -> Detector:
@@ -265,7 +265,8 @@ EXPORTER_LOGS = ("torch.onnx", "onnxscript")
 
 @contextlib.contextmanager
 def quiet(*logs: str) -> Iterator[None]:
-    """Keeps a library from reporting its steps: nothing on stdout, no warnings, errors alone in its logs.
+    """Keeps a library from reporting its steps: nothing on stdout, no warnings, errors alone in its logs, and progress bars
+    where a person sees them.
 
     Args:
         logs: names of loggers; "" is the root.
@@ -275,7 +276,11 @@ def quiet(*logs: str) -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            if not sys.stderr.isatty():
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -292,13 +297,28 @@ def to_onnx(model: Detector) -> bytes:
     Raises:
         ImportError: torch's exporter needs the packages onnx and onnxscript.
     """
-    images = torch.zeros(2, 3, *model.config.input_size, dtype=torch.uint8, device=model.anchors.device)
+    return module_to_onnx(_WithoutAnchors(model), model.config.input_size, ("codes", "class_logits"))
+
+
+def module_to_onnx(module: nn.Module, input_size: tuple[int, int], outputs: Sequence[str]) -> bytes:
+    """A function of images as an ONNX file with the input ``images``, uint8 [B, 3, H, W], B free.
+
+    Args:
+        module: uint8 [B, 3, H, W] -> a tensor for each output.
+        input_size: (height, width).
+        outputs: their names.
+
+    Raises:
+        ImportError: torch's exporter needs the packages onnx and onnxscript.
+    """
+    device = next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+    images = torch.zeros(2, 3, *input_size, dtype=torch.uint8, device=device)
     with quiet(*EXPORTER_LOGS):
         program = torch.onnx.export(
-            _WithoutAnchors(model),
+            module,
             (images,),
             input_names=["images"],
-            output_names=["codes", "class_logits"],
+            output_names=list(outputs),
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
             verbose=False,
@@ -337,7 +357,29 @@ def as_predictions(outputs: Sequence[NDArray[np.float32]], anchors: Tensor) -> R
     return RawPredictions(torch.from_numpy(codes), torch.from_numpy(class_logits), anchors)
 
 
-class OnnxRuntimeRunner:
+class FileRunner(ABC):
+    """A file of a network, run on the CPU by the library that it is made for; one caller at a time or several.
+
+    Attributes:
+        anchors: float32 [A, 4], the detector's; [0, 4] for a classifier, whose only method is ``outputs``.
+        max_batch: images that it takes at once at most; None: any number.
+    """
+
+    device = torch.device("cpu")
+    own_threads = True
+    max_batch: int | None = None
+    anchors: Tensor
+
+    @abstractmethod
+    def outputs(self, images: Tensor) -> list[NDArray[np.float32]]:
+        """uint8 [B, 3, H, W], RGB, however it lies in memory -> what the file gives, in its order."""
+
+    def __call__(self, images: Tensor) -> RawPredictions:
+        """See ``Runner``."""
+        return as_predictions(self.outputs(images), self.anchors)
+
+
+class OnnxRuntimeRunner(FileRunner):
     """An ONNX file of a detector, run by ONNX Runtime on the CPU.
 
     Args:
@@ -348,9 +390,6 @@ class OnnxRuntimeRunner:
     Raises:
         ImportError: the package is not installed.
     """
-
-    device = torch.device("cpu")
-    own_threads = True
 
     def __init__(self, onnx: bytes, anchors: Tensor, num_threads: int | None = None) -> None:
         import onnxruntime
@@ -363,10 +402,10 @@ class OnnxRuntimeRunner:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
 
-    def __call__(self, images: Tensor) -> RawPredictions:
-        """See ``Runner``."""
-        outputs = self._session.run(None, {"images": np.ascontiguousarray(images.numpy())})
-        return as_predictions(outputs, self.anchors)
+    def outputs(self, images: Tensor) -> list[NDArray[np.float32]]:
+        """See ``FileRunner``."""
+        found: list[NDArray[np.float32]] = self._session.run(None, {"images": np.ascontiguousarray(images.numpy())})
+        return found
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.onnx, self.anchors)
@@ -393,7 +432,7 @@ def openvino_core() -> Any:
         return _openvino_cores[0]
 
 
-class OpenVinoRunner:
+class OpenVinoRunner(FileRunner):
     """A file of a detector, run by OpenVINO on the CPU.
 
     Args:
@@ -403,9 +442,6 @@ class OpenVinoRunner:
     Raises:
         ImportError: the package is not installed.
     """
-
-    device = torch.device("cpu")
-    own_threads = True
 
     def __init__(self, onnx: bytes | Path, anchors: Tensor, num_threads: int | None = None) -> None:
         core = openvino_core()
@@ -421,8 +457,8 @@ class OpenVinoRunner:
         # A request serves one caller at a time: there are as many as there ever were callers at once.
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    def __call__(self, images: Tensor) -> RawPredictions:
-        """See ``Runner``."""
+    def outputs(self, images: Tensor) -> list[NDArray[np.float32]]:
+        """See ``FileRunner``."""
         try:
             request = self._requests.get_nowait()
         except queue.Empty:
@@ -430,10 +466,9 @@ class OpenVinoRunner:
         try:
             # The request writes every answer to the same memory, hence the copies.
             results = request.infer({0: np.ascontiguousarray(images.numpy())}, share_inputs=True)
-            outputs = [result.copy() for result in results.to_tuple()]
+            return [result.copy() for result in results.to_tuple()]
         finally:
             self._requests.put(request)
-        return as_predictions(outputs, self.anchors)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.onnx, self.anchors)

@@ -86,6 +86,9 @@ class DetectionConfig:
     """The network."""
     loss: LossConfig = field(default_factory=SSDLossConfig)
     """What it learns from."""
+    quantize: Literal["off", "int8"] = "off"
+    """int8: fine-tune the detector of --weights while it rounds to 8 bits, for exports that lose too much without. A short run
+    with a small learning rate; needs pip install 'litedet[qat]'."""
     teacher: str | None = None
     """A trained detector to learn from beside the labels: of the same kind and classes, larger than the model (a file, or a
     published name). None: the labels alone."""
@@ -136,9 +139,21 @@ class DetectionConfig:
                 f"backbone_lr_scale must be positive, got {self.backbone_lr_scale}; model.backbone.frozen_stages freezes"
             )
         self.loss.check(self.model)
+        if self.quantize != "off":
+            self._validate_quantized()
         frozen = self.model.backbone.frozen_stages
         if frozen and self.weights is None and not self.train.resume:
             raise UserError(
                 f"model.backbone.frozen_stages is {frozen} and there are no weights to start from: random layers would "
                 "stay random; give --weights, or --model.backbone.frozen-stages 0"
             )
+
+    def _validate_quantized(self) -> None:
+        if self.weights is None and not self.train.resume:
+            raise UserError("--quantize int8 fine-tunes a trained detector; name its checkpoint: --weights RUN/best.pt")
+        if self.train.amp != "off" or self.train.compile:
+            raise UserError(
+                "--quantize int8 computes in float32 and is not compiled: leave --train.amp and --train.compile out"
+            )
+        if self.weights_part != "all":
+            raise UserError("--quantize int8 fine-tunes a whole trained detector; leave --weights-part out")

@@ -28,6 +28,7 @@ from detection.images.draw import draw_detections, draw_target, image_grid
 from detection.inference.runners import TorchRunner
 from detection.models.build import build_detector
 from detection.models.detector import Detector
+from detection.models.quantized import QuantizedDetector
 from detection.postprocess import build_postprocess
 from detection.structures import Batch
 from detection.training.config import DetectionConfig
@@ -35,12 +36,13 @@ from detection.training.distillation import Distillation, read_teacher
 from detection.training.losses import TrainingStep
 from detection.weights.hub import locate
 from detection.weights.info import DetectorInfo
-from detection.weights.native import read_file
+from detection.weights.native import DetectorFile, read_file
 from detection.weights.start import adopt_network, start_from
 
 _log = logging.getLogger(__name__)
 
 _NUM_IMAGES = 8  # drawn for TensorBoard
+_NUM_CALIBRATION = 64  # training images that give a detector in 8 bits its first ranges
 _SHOWN_SCORE = 0.3  # detections below are not drawn there
 
 
@@ -84,13 +86,24 @@ class DetectionTask:
             distillation = Distillation(config.distillation, *read_teacher(config.teacher, self.model.config, names))
         self.step = TrainingStep(self.model, self.config.loss.build(self.model), distillation)
         self.num_train = len(self.train_index)
-        self.lr_scales: Mapping[str, float] = {"backbone.": config.backbone_lr_scale}
+        prefix = QuantizedDetector.PREFIX if isinstance(self.model, QuantizedDetector) else ""
+        self.lr_scales: Mapping[str, float] = {f"{prefix}backbone.": config.backbone_lr_scale}
         self.postprocess = build_postprocess(self.model.config, config.postprocess, names)
         self._shown: Batch | None = None
         self._train_loader = self._build_train_loader()
         self._val_loader = self._build_val_loader()
         _require_files(self.train_index, self._train_images, config.train, "training")
         _require_files(self.val_index, self._val_images, config.train, "validation")
+        if isinstance(self.model, QuantizedDetector) and adopted is None:
+            self._calibrate(self.model)
+
+    def _calibrate(self, model: QuantizedDetector) -> None:
+        """Gives the ranges a first value, of training images as evaluation sees them; a checkpoint holds them."""
+        shown = self._some_images(self.train_index, self._train_images, _NUM_CALIBRATION)
+        if not len(shown):
+            raise UserError("none of the training images that would give the 8 bits their first ranges can be read")
+        for images in shown.images.split(_NUM_IMAGES):
+            model.calibrate(images)
 
     def _build_train_loader(self) -> BatchLoader[Any]:
         model, train = self.config.model, self.config.train
@@ -160,6 +173,7 @@ class DetectionTask:
             postprocess=self.config.postprocess,
             class_names=self.train_index.class_names,
             category_ids=tuple(self.train_index.category_ids.tolist()),
+            quantize=self.config.quantize,
         )
         return {"detector": info.to_plain()}
 
@@ -210,12 +224,16 @@ class DetectionTask:
             writer.add_histogram("validation/scores", self._evaluator.table.scores, step)
 
     def _validation_batch(self) -> Batch:
-        """Some validation images with objects, evenly picked; those that cannot be read are left out."""
-        index, model = self.val_index, self.config.model
+        """Some validation images; see ``_some_images``."""
+        return self._some_images(self.val_index, self._val_images, _NUM_IMAGES)
+
+    def _some_images(self, index: CocoIndex, images: Path, number: int) -> Batch:
+        """Some images with objects, evenly picked, as evaluation sees them; those that cannot be read are left out."""
+        model = self.config.model
         having = np.flatnonzero(np.diff(index.offsets) > 0)
-        picked = having[np.linspace(0, len(having) - 1, min(_NUM_IMAGES, len(having))).astype(np.int64)]
+        picked = having[np.linspace(0, len(having) - 1, min(number, len(having))).astype(np.int64)]
         transform = EvalTransform(model.input_size, resize_mode=model.resize, fill=self.model.config.fill)
-        dataset = self._dataset(index.select(picked), self._val_images, transform)
+        dataset = self._dataset(index.select(picked), images, transform)
         return collate([dataset[0, place] for place in range(len(picked))])
 
 
@@ -231,10 +249,15 @@ def build_model(
     """
     if adopted is not None:
         config = replace(config, model=adopted.model, loss=adopted.loss)
-        return config, build_detector(config.model, len(names))
+        return config, _quantized(build_detector(config.model, len(names)), config)
     if config.weights is None:
         return replace(config), build_detector(config.model, len(names))
     source = read_file(locate(config.weights))
+    if config.quantize != "off" and not (isinstance(source, DetectorFile) and source.info.class_names == names):
+        raise UserError(
+            f"--quantize int8 fine-tunes a trained detector of the same classes ({', '.join(names[:10])}), and "
+            f"{config.weights} holds none; train one first"
+        )
     model_config, remark = adopt_network(config.model, source, config.weights_part)
     if remark:
         _log.info("%s", remark)
@@ -246,7 +269,11 @@ def build_model(
     model = build_detector(config.model, len(names))
     _log.info("%s", start_from(model, source, names, config.weights_part))
     check_statistics(model.backbone, source.source)
-    return config, model
+    return config, _quantized(model, config)
+
+
+def _quantized(model: Detector, config: DetectionConfig) -> Detector:
+    return QuantizedDetector(model) if config.quantize == "int8" else model
 
 
 def _require_files(index: CocoIndex, folder: Path, config: TrainConfig, which: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from backbones.errors import UserError
 from detection.engine.plain import from_plain, to_plain
@@ -25,6 +25,7 @@ class DetectorInfo:
         licence: what may be done with them, as far as known.
         thresholds: of each class, the score from which on detections are worth showing, as an evaluation found it
             (``litedet eval --write-thresholds``); () where none did. Evaluations do not use them.
+        quantize: "int8": the weights are those of a ``QuantizedDetector``, with its ranges.
     """
 
     model: DetectorConfig
@@ -34,6 +35,7 @@ class DetectorInfo:
     source: str = ""
     licence: str = ""
     thresholds: tuple[float, ...] = ()
+    quantize: Literal["off", "int8"] = "off"
 
     def to_plain(self) -> dict[str, Any]:
         """Dicts, lists, numbers and texts, fit for json and for a checkpoint."""

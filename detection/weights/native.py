@@ -31,6 +31,7 @@ from detection.engine.checkpoint import check_checkpoint, is_checkpoint
 from detection.engine.plain import from_plain
 from detection.models.build import build_detector
 from detection.models.detector import Detector
+from detection.models.quantized import QuantizedDetector
 from detection.weights.info import DetectorInfo
 
 LAYOUT = "litedet detector"
@@ -51,7 +52,13 @@ class DetectorFile:
     info: DetectorInfo
 
     def backbone(self) -> WeightsFile:
-        """Its backbone alone."""
+        """Its backbone alone.
+
+        Raises:
+            UserError: a detector that was fine-tuned in eight bits, whose backbone is part of a graph.
+        """
+        if self.info.quantize != "off":
+            raise UserError(f"{self.source} was fine-tuned in 8 bits; take the checkpoint that it was made of")
         model = self.info.model
         return WeightsFile(
             source=self.source,
@@ -134,7 +141,11 @@ def read_detector(path: str | Path, input_size: tuple[int, int] | None = None) -
     info = file.info
     if input_size is not None:
         info.model = info.model.replaced(input_size=input_size)
+    if info.quantize == "int8" and input_size is not None:
+        raise UserError(f"{path} was fine-tuned in 8 bits at one input size; leave the other one out")
     model = build_detector(info.model, len(info.class_names))
+    if info.quantize == "int8":
+        model = QuantizedDetector(model)
     load_state(model, file.state, file.source)
     return model.eval(), info
 
@@ -164,6 +175,11 @@ def check_size(info: DetectorInfo, state: Mapping[str, Tensor], source: str | Pa
             network = build_detector(info.model, len(info.class_names))
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+    if info.quantize == "int8":  # a graph, which is not built without numbers
+        given, wanted = (sum(tensor.numel() for tensor in one.values()) for one in (state, network.state_dict()))
+        if wanted > 2 * given + 1_000_000:
+            raise UserError(f"{source}: its config describes a network of {wanted} numbers, it holds {given}")
+        return
     check_state(network, state, source)
 
 

@@ -41,6 +41,8 @@ def adopt_network(config: DetectorConfig, source: Source, part: Part = "all") ->
     """
     file = _read(source)
     if isinstance(file, DetectorFile):
+        if file.info.quantize != "off":
+            raise UserError(f"{file.source} was fine-tuned in 8 bits; start from the checkpoint that it was made of")
         theirs = file.info.model
         own = {name: getattr(theirs.backbone, name) for name in MobileNetV2Config.fields_of_weights}
         backbone = replace(config.backbone, **own)

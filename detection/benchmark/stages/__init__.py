@@ -8,6 +8,7 @@ from detection.benchmark.stages.busy import busy
 from detection.benchmark.stages.data import loader, open_annotations
 from detection.benchmark.stages.detectors import detectors
 from detection.benchmark.stages.evaluate import evaluate
+from detection.benchmark.stages.exports import exports
 from detection.benchmark.stages.folder import folder
 from detection.benchmark.stages.predict import backends, postprocess, predict
 from detection.benchmark.stages.train import train
@@ -24,4 +25,5 @@ STAGES: Mapping[Stage, Callable[[Inputs], Iterator[Comparison]]] = {
     "loader": loader,
     "open": open_annotations,
     "evaluate": evaluate,
+    "exports": exports,
 }

@@ -18,7 +18,7 @@ def predict(inputs: Inputs) -> Iterator[Comparison]:
     """Array in memory -> detections, torch alone."""
     ours = inputs.predictor("torch")
     times = interleave(
-        {"ours": partial(_predict, inputs, ours), "peer": partial(_predict_peer, inputs)},
+        {"ours": partial(predict_own, inputs, ours), "peer": partial(predict_peer, inputs)},
         inputs.config.rounds,
         warm_up=3,
     )
@@ -31,7 +31,7 @@ def backends(inputs: Inputs) -> Iterator[Comparison]:
     for backend in inputs.config.backends:
         ours = inputs.predictor(backend)
         times = interleave(
-            {"ours": partial(_predict, inputs, ours), "peer": partial(_predict_peer, inputs)},
+            {"ours": partial(predict_own, inputs, ours), "peer": partial(predict_peer, inputs)},
             inputs.config.rounds,
             warm_up=3,
         )
@@ -40,11 +40,13 @@ def backends(inputs: Inputs) -> Iterator[Comparison]:
     yield from compared
 
 
-def _predict(inputs: Inputs, ours: Predictor) -> object:
+def predict_own(inputs: Inputs, ours: Predictor) -> object:
+    """Our prediction of the next image."""
     return ours(inputs.images[inputs.next_image()])
 
 
-def _predict_peer(inputs: Inputs) -> object:
+def predict_peer(inputs: Inputs) -> object:
+    """torchvision's prediction of the next image."""
     with torch.inference_mode():
         return inputs.peer([as_peer_input(inputs.images[inputs.next_image()])])
 
