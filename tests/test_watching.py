@@ -122,6 +122,9 @@ def test_weak_detections_continue_a_track_and_begin_none():
     weak = tracker(found([[10, 10, 40, 60], [100, 10, 140, 60]], [0.2, 0.2]))
     assert weak.ids == tracked.ids
     assert weak.detections.scores.tolist() == pytest.approx([0.2])
+    dog = tracker(found([[10, 10, 40, 60]], [0.2], [1]))  # a cat does not become a dog that nobody is sure of
+    assert len(dog.detections) == 0
+    assert tracker(found([[10, 10, 40, 60]], [0.7], [1])).ids == tracked.ids
 
 
 def test_detections_without_an_id_are_not_counted():

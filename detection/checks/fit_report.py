@@ -102,7 +102,7 @@ def fit_section(checked: Checked, split: Split, fit: Fit, suggestion: Suggestion
         x1, y1, x2, y2 = fit.objects.boxes[place].tolist()
         caption = (
             f"{split.file_names[int(split.images[record])]}: {x2 - x1:.0f} x {y2 - y1:.0f} pixels at the input, "
-            f"best IoU {fit.quality[place]:.2f}"
+            f"best IoU {int(100 * fit.quality[place]) / 100:.2f}"  # cut off: one of 0.499 does not reach 0.5
         )
         figures.append(pages.figure(draw_boxes(image, box, [split.class_name(record)]), caption))
     if figures:

@@ -202,7 +202,15 @@ class Traces:
     ) -> NDArray[np.uint8]:
         """A new image, uint8 RGB [H, W, 3], with the traces up to this frame; boxes are in its pixels, ids as many."""
         rows = [row for row, number in enumerate(ids) if number is not None]
-        tracked = to_supervision(detections)[np.array(rows, np.int64)]
+        chosen = torch.tensor(rows, dtype=torch.int64)
+        tracked = to_supervision(
+            replace(
+                detections,
+                boxes=detections.boxes[chosen],
+                scores=detections.scores[chosen],
+                labels=detections.labels[chosen],
+            )
+        )
         tracked.tracker_id = np.array([ids[row] for row in rows], np.int64)
         scene = self._annotator.annotate(np.asarray(cv2.cvtColor(image, cv2.COLOR_RGB2BGR), np.uint8), tracked)
         return np.asarray(cv2.cvtColor(scene, cv2.COLOR_BGR2RGB), np.uint8)

@@ -1,8 +1,9 @@
 """Small objects in large images: the image in overlapping slices and whole, through a predictor as one batch, and merged.
 
-The idea is that of Akyon, Altinuc and Temizel, "Slicing Aided Hyper Inference", 2022 (section 3). They, and supervision's
-slicer, merge boxes of which the smaller lies by half in the larger (IoS). Two parts of an object that no slice holds whole share
-no more than the strip that both slices see, a fifth of a slice, and stay two; and a child before a grown-up becomes one with it.
+The idea is that of Akyon, Altinuc and Temizel, "Slicing Aided Hyper Inference", 2022 (section 3). They merge
+boxes of which the smaller lies by half in the larger (IoS), as supervision's slicer can too. Two parts of an object that no slice
+holds whole share no more than the strip that both slices see, a fifth of a slice, and stay two; and a child before a grown-up
+becomes one with it.
 Here only boxes that a slice cuts off are joined, and what tells whether they belong together is what both slices see of them.
 
 Letters in shapes: N boxes of the whole image and all slices, P of them parts.

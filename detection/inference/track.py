@@ -16,6 +16,7 @@ from detection.structures import Detections
 
 WEAKEST = 0.1
 """Score of the weakest detections that a track may be continued with."""
+_MOST_TRACKS = 4096  # whose class is remembered; a camera runs for weeks
 
 
 class Tracked(NamedTuple):
@@ -35,7 +36,7 @@ class Tracker:
 
     Args:
         rate: frames per second of the video; a lost track is kept for a second.
-        score: detections from here on begin tracks; weaker ones only continue them.
+        score: detections from here on begin tracks; weaker ones only continue them, and only as the class that was last sure.
 
     Raises:
         UserError: the package is not installed.
@@ -49,12 +50,13 @@ class Tracker:
                 "--track needs the package trackers, which is not installed; pip install 'litedet[track]'"
             ) from error
         self._score = score
+        self._label_of: dict[int, int] = {}  # of each track, when it was last seen with confidence
         self._tracker = trackers.ByteTrackTracker(
             frame_rate=rate, lost_track_buffer=30, track_activation_threshold=score, high_conf_det_threshold=score
         )
 
     def __call__(self, detections: Detections) -> Tracked:
-        """The same detections with ids, without those below ``score`` that continue no track."""
+        """The same detections with ids, without those below ``score`` that continue no track of their class."""
         boxes = sv.Detections(
             xyxy=detections.boxes.numpy().astype(np.float32).reshape(-1, 4),
             confidence=detections.scores.numpy().astype(np.float32),
@@ -64,9 +66,16 @@ class Tracker:
         found = self._tracker.update(boxes)
         number_of = dict(zip(found.data.get("row", ()), found.tracker_id, strict=True)) if len(found) else {}
         numbers = [int(number_of.get(row, -1)) for row in range(len(detections))]
-        stays = [
-            row for row, score in enumerate(detections.scores.tolist()) if numbers[row] >= 0 or score >= self._score
-        ]
+        stays = []
+        pairs = zip(detections.scores.tolist(), detections.labels.tolist(), strict=True)
+        for row, (score, label) in enumerate(pairs):
+            if score >= self._score:
+                self._label_of.pop(numbers[row], None)  # so that the last seen stand last
+                self._label_of[numbers[row]] = label
+            if score >= self._score or (numbers[row] >= 0 and self._label_of.get(numbers[row]) == label):
+                stays.append(row)
+        while len(self._label_of) > _MOST_TRACKS:
+            self._label_of.pop(next(iter(self._label_of)))
         rows = torch.tensor(stays, dtype=torch.int64)
         kept = replace(
             detections, boxes=detections.boxes[rows], scores=detections.scores[rows], labels=detections.labels[rows]
