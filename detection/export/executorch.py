@@ -79,12 +79,12 @@ def _quantised(
         get_symmetric_quantization_config,
     )
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer import QuantizationConfig
+    from torchao.quantization.pt2e.quantizer import get_module_name_filter
 
     with quiet(*_LOGS), torch.no_grad():
         quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=per_channel))
-        for layer in keep_float:
-            quantizer.set_module_name(layer, QuantizationConfig(None, None, None, None))
+        kept = [get_module_name_filter(layer) for layer in keep_float]
+        quantizer.set_filter_function(lambda node: not any(is_in(node) for is_in in kept))
         module = prepare_pt2e(torch.export.export(network.module, (network.image,)).module(), quantizer)
         for pixels in calibration:
             module(torch.from_numpy(pixels[None]))

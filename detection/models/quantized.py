@@ -20,6 +20,7 @@ from backbones.errors import UserError
 from detection.models.detector import Detector
 from detection.models.folding import fold_norms
 
+_LEAST_STEP = 2**-12  # else the biases of channels whose weights are all but zero overflow in 32 bits
 _MOMENTUM = 0.01  # share of the newest batch in the ranges of the activations
 
 
@@ -95,6 +96,7 @@ class QuantizedDetector(Detector):
         for module in self.network.modules():
             if isinstance(module, FakeQuantize):
                 module.observer_enabled.fill_(int(follows))
+                module.activation_post_process.eps.fill_(_LEAST_STEP)  # torchao forgets it where a file is loaded
                 if not follows:  # those of a moving average belong to its averaged ranges
                     scale, zero_point = module.calculate_qparams()
                     module.scale.copy_(scale)
@@ -157,7 +159,7 @@ def _quantizer() -> Any:
         quant_max=255,
         qscheme=torch.per_tensor_affine,
         observer_or_fake_quant_ctr=FusedMovingAvgObsFakeQuantize.with_args(
-            observer=MovingAverageMinMaxObserver, averaging_constant=_MOMENTUM, eps=2**-12
+            observer=MovingAverageMinMaxObserver, averaging_constant=_MOMENTUM, eps=_LEAST_STEP
         ),
     )
     weight = QuantizationSpec(
@@ -167,7 +169,7 @@ def _quantizer() -> Any:
         qscheme=torch.per_channel_symmetric,
         ch_axis=0,
         observer_or_fake_quant_ctr=FakeQuantize.with_args(  # the fused kernel has other scales than an export
-            observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, eps=2**-12
+            observer=MovingAveragePerChannelMinMaxObserver, averaging_constant=1.0, eps=_LEAST_STEP
         ),
     )
     bends = (aten.relu6.default, aten.hardtanh.default, aten.relu.default)
