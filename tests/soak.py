@@ -168,15 +168,15 @@ def video_command(folder: Path) -> tuple[list[str], Callable[[], bool]]:
     from detection.inference.video import write_video
     from detection.models.build import build_detector
     from detection.models.litedet import LiteDetConfig
+    from detection.postprocess import PostprocessConfig
     from detection.weights.info import DetectorInfo
     from detection.weights.native import save_detector
 
     torch.manual_seed(0)
     config = LiteDetConfig(input_size=(160, 160))
     config.backbone.width = 0.35
-    save_detector(
-        folder / "d.safetensors", build_detector(config, 2), DetectorInfo(model=config, class_names=("a", "b"))
-    )
+    info = DetectorInfo(model=config, postprocess=PostprocessConfig(), class_names=("a", "b"), category_ids=(1, 2))
+    save_detector(folder / "d.safetensors", build_detector(config, 2), info)
     frames = (np.ascontiguousarray(one.image) for one in draw_video_frames(120, (240, 320), 0))
     write_video(folder / "in.mp4", frames, 30.0)
     found = folder / "out.jsonl"

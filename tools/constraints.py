@@ -13,11 +13,15 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-try:
+if TYPE_CHECKING:
     from packaging.requirements import Requirement
-except ImportError:  # an environment that holds pip alone
-    from pip._vendor.packaging.requirements import Requirement
+else:
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # an environment that holds pip alone
+        from pip._vendor.packaging.requirements import Requirement
 
 SETUP = Path(__file__).resolve().parents[1] / "setup.cfg"
 
@@ -47,8 +51,9 @@ def oldest() -> Iterator[str]:
 
 def installed() -> Iterator[str]:
     """``name==version`` of what ``litedet[dev]`` brings, all that it needs in turn, as installed here."""
-    waiting, found = [(Requirement("litedet"), "dev")], {}
-    done = set()
+    waiting = [(Requirement("litedet"), "dev")]
+    found: dict[str, str] = {}
+    done: set[tuple[str, str]] = set()
     while waiting:
         requirement, extra = waiting.pop()
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()

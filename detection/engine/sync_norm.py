@@ -42,6 +42,8 @@ class SyncBatchNorm(nn.BatchNorm2d):
         result, mean, variance, count = _Normalise.apply(input.float(), self.weight, self.bias, self.eps)
         if self.track_running_stats:
             assert self.num_batches_tracked is not None
+            assert self.running_mean is not None
+            assert self.running_var is not None
             self.num_batches_tracked.add_(1)
             share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, share)
