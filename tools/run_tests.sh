@@ -18,12 +18,15 @@ step ruff check .
 step mypy
 step lint-imports
 
-# A whole run makes the environments of what does not go together with ours; one with options takes those that are there.
+# A whole run makes the environments of what goes without ours; one with options takes those that are there. LITEDET_LITERT=1 makes
+# those of LiteRT's converter and MediaPipe too, which takes pip some minutes and some GB.
 if [ $# -eq 0 ]; then
     prepare_apart bundle-onnx without numpy opencv-python-headless onnxruntime
     prepare_apart bundle-litert without numpy opencv-python-headless ai-edge-litert
-    prepare_apart mediapipe without mediapipe
-    prepare_apart litert with -e '.[litert]'
+    if [ -n "${LITEDET_LITERT:-}" ]; then
+        prepare_apart mediapipe without mediapipe
+        prepare_apart litert with -e '.[litert]'
+    fi
 fi
 
 # A process for each core, up to four (each needs about 2 GB), with one thread each: more threads than cores wait for each other.
