@@ -182,7 +182,7 @@ def video_command(folder: Path) -> tuple[list[str], Callable[[], bool]]:
     found = folder / "out.jsonl"
     command = [
         *(sys.executable, "-c", _VIDEOS, f"{folder}/d.safetensors", "--source", f"{folder}/in.mp4"),
-        *("--out", f"{folder}/out.mp4", "--json", str(found), "--device", "cpu", "--score-threshold", "0.01"),
+        *("--out", f"{folder}/out.mp4", "--json", str(found), "--device", "cpu", "--score", "0.01"),
     ]
     return command, lambda: found.exists() and (folder / "out.mp4").exists()
 

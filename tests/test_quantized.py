@@ -117,7 +117,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_and_is_exported(
     model, info = read_detector(whole.last_path)
     assert isinstance(model, QuantizedDetector)
     assert info.quantize == "int8"
-    for to, name in (("onnx", "q.onnx"), ("openvino", "q.xml"), ("executorch", "q.pte")):
+    for to, name in (("onnx", "q.onnx"), ("openvino", "q.xml")):
         check_export(whole.last_path, to, tmp_path / name, drawn.val_images)  # type: ignore[arg-type]
     job = ExportJob(checkpoint=whole.last_path, to="onnx", out=tmp_path / "x.onnx", images=drawn.val_images)
     job.int8, job.calibration = True, drawn.train_images

@@ -36,6 +36,7 @@ from detection.export.web import PAGE_FILES, write_page
 from detection.export.web_runtime import VERSION, WASM_FILES, WEBGPU_FILES, locate_runtime, runtime_files
 from detection.images.place import place
 from detection.inference.exported import open_exported
+from detection.inference.runners import to_onnx
 from detection.structures import Detections
 from detection.weights.native import read_detector, save_detector
 
@@ -423,7 +424,7 @@ def eight_bits(folder: Path) -> None:
     """int8.onnx beside float.onnx: the variant that takes least time, its ranges from the one image."""
     model, info = read_detector(folder / "person.safetensors", None)
     record = open_exported(folder / "float.onnx").record
-    prepared = onnx_export._prepared(onnx_export.to_onnx(RawHeads(model).model))
+    prepared = onnx_export._prepared(to_onnx(RawHeads(model).model))
     pixels = network_inputs([PHOTO], info.model)
     file = onnx_export._quantised(prepared, onnx_export.tail_onnx(model, record.info.postprocess), pixels)
     file.write(folder / "int8.onnx", replace(record, precision="int8"))

@@ -59,8 +59,12 @@ def variants(network: Network, options: ExportOptions) -> Iterator[Variant]:
     """Ways to make the file; see ``Exporter``.
 
     Raises:
-        UserError: int8, which this format does not have here.
+        UserError: int8, or a compiled package, which this format does not have here.
     """
+    if options.compiled:
+        raise UserError(
+            "--compiled: an AOTInductor package of this torch runs two images or more at once, not one; leave it out"
+        )
     if options.int8:
         raise UserError("--to torch writes float32; take onnx, openvino, litert or executorch for int8")
 

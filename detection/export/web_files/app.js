@@ -138,6 +138,7 @@ function stop() {
 async function play() {
   const source = video;
   let finished = []; // when the last frames were
+  let unread = 0; // looks in turn at a frame that could not be read
   shown = null;
   controls();
   setState("playing", "");
@@ -151,9 +152,16 @@ async function play() {
     try {
       found = await detect(await createImageBitmap(source));
     } catch (error) {
-      if (video === source) stop();
+      if (video !== source) return;
+      // A busy browser says for a moment that there is a frame before it can be read.
+      if (error.name === "InvalidStateError" && unread++ < 100) {
+        await sleep(30);
+        continue;
+      }
+      stop();
       return fail(error.message);
     }
+    unread = 0;
     if (video !== source) return;
     show({ ...found, at });
     finished.push(performance.now());
