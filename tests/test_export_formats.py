@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from detection.cli.video import main as watch
 from detection.export import table
 from detection.export.coreml import NOT_RUN, put_folder
 from detection.export.run import ExportJob, export
-from detection.inference.exported import Format, open_exported
+from detection.inference.exported import Format, beside, open_exported
 from detection.inference.predictor import Predictor
 from detection.inference.runners import build_runner
 from detection.weights.native import save_detector
@@ -148,12 +149,19 @@ def test_core_ml_is_checked_and_not_run(scene: Path, capsys: pytest.CaptureFixtu
         load_detector(out)
 
 
-def test_a_compiled_package_is_refused(scene: Path) -> None:  # noqa: F811
+@pytest.mark.slow
+def test_a_compiled_package_says_the_same(scene: Path) -> None:  # noqa: F811
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("needs a C++ compiler")
     out = scene / "compiled.pt2"
     job = ExportJob(checkpoint=scene / "d.safetensors", to="torch", out=out, images=scene / "images", compiled=True)
-    with pytest.raises(UserError, match="two images or more"):
-        export(job, say=lambda line: None)
-    assert not out.exists()
+    result = export(job, say=lambda line: None)
+    assert beside(out).name == "compiled.pt2.json"
+    assert result.chosen.difference is not None
+    check_layouts(load_detector(out).runner)
+    beside(out).unlink()
+    with pytest.raises(UserError, match="no record of LiteDet"):
+        open_exported(out)
 
 
 @pytest.mark.slow

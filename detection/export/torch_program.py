@@ -1,6 +1,7 @@
 """torch.export: an archive (.pt2) of the network to its raw heads, any batch, with the record among its extra files.
 
-On request an AOTInductor package of it: machine code for processors like this one, with the record beside it.
+On request an AOTInductor package of it: machine code for processors like this one, with the record beside it. It takes one image
+at a time: one with a free batch takes two or more (torch 2.14), and not one.
 """
 
 from __future__ import annotations
@@ -59,19 +60,18 @@ def variants(network: Network, options: ExportOptions) -> Iterator[Variant]:
     """Ways to make the file; see ``Exporter``.
 
     Raises:
-        UserError: int8, or a compiled package, which this format does not have here.
+        UserError: int8, which this format does not have here.
     """
-    if options.compiled:
-        raise UserError(
-            "--compiled: an AOTInductor package of this torch runs two images or more at once, not one; leave it out"
-        )
     if options.int8:
         raise UserError("--to torch writes float32; take onnx, openvino, litert or executorch for int8")
 
     def make() -> ProgramFile | CompiledFile:
+        if options.compiled:
+            return _compiled(torch.export.export(network.module, (network.image,)))
         images = network.image.repeat(2, 1, 1, 1)
-        program = torch.export.export(network.module, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        return _compiled(program) if options.compiled else ProgramFile(program)
+        return ProgramFile(
+            torch.export.export(network.module, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        )
 
     yield Variant(name="", make=make)
 

@@ -103,13 +103,14 @@ class NcnnRunner(_PathRunner):
 
 
 class AotRunner(_PathRunner):
-    """An AOTInductor package (.pt2): the network as machine code, any batch.
+    """An AOTInductor package (.pt2): the network as machine code, image by image.
 
     Args:
         path, anchors: as for ``_PathRunner``.
     """
 
     own_threads = False
+    max_batch = 1
 
     def __init__(self, path: Path, anchors: Tensor) -> None:
         super().__init__(path, anchors)
