@@ -25,7 +25,7 @@ from detection.cli.video import main as watch
 from detection.export import table
 from detection.export.coreml import NOT_RUN, put_folder
 from detection.export.run import ExportJob, export
-from detection.inference.exported import Format, beside, open_exported
+from detection.inference.exported import SUFFIXES, Format, beside, open_exported
 from detection.inference.predictor import Predictor
 from detection.inference.runners import build_runner
 from detection.weights.native import save_detector
@@ -165,10 +165,10 @@ def test_a_compiled_package_says_the_same(scene: Path) -> None:  # noqa: F811
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["executorch", "onnx", "openvino"])
+@pytest.mark.parametrize("to", ["executorch", "onnx", "openvino", "litert"])
 def test_eight_bits_are_close(to: str, scene: Path) -> None:  # noqa: F811
     needs(to)  # type: ignore[arg-type]
-    suffix = {"executorch": ".pte", "onnx": ".onnx", "openvino": ".xml"}[to]
+    suffix = {kind: ending for ending, kind in SUFFIXES.items()}[to]  # type: ignore[index]
     job = ExportJob(
         checkpoint=scene / "d.safetensors",
         to=to,  # type: ignore[arg-type]
@@ -183,6 +183,12 @@ def test_eight_bits_are_close(to: str, scene: Path) -> None:  # noqa: F811
     assert result.record.kept_float == ("model.backbone.stem.conv",)
     assert open_exported(job.out).record.precision == "int8"
     assert made(scene, to, True).chosen.size > 1.9 * result.chosen.size  # type: ignore[arg-type]
+    if to == "litert":
+        from ai_edge_litert.interpreter import Interpreter
+
+        interpreter = Interpreter(model_path=str(job.out))
+        weights = [one for one in interpreter.get_tensor_details() if list(one["shape"])[1:] == [3, 3, 3]]
+        assert [one["dtype"].__name__ for one in weights] == ["float32"]  # the stem's
     if to == "onnx":
         onnx = pytest.importorskip("onnx")
         graph = onnx.load(job.out).graph

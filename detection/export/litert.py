@@ -26,6 +26,7 @@ from detection.boxes import xyxy_to_cxcywh
 from detection.export.litert_metadata import BUFFER_NAME, associated_files, metadata
 from detection.export.module import Network, Scores
 from detection.export.options import ExportOptions, Record, Variant
+from detection.export.sensitivity import layers_of
 from detection.inference.exported import ExportRecord
 from detection.inference.runners import quiet
 from detection.models.box_coders import SSDBoxCoder
@@ -139,8 +140,9 @@ def variants(network: Network, options: ExportOptions) -> Iterator[Variant]:
         yield Variant(name="", make=lambda: finish(content))
         return
     assert options.calibration is not None
+    kept = scopes_of(content, network, options.keep_float)
     for name, settings in _INT8.items():
-        quantised = partial(_quantised, content, options.calibration, options.keep_float, **settings)
+        quantised = partial(_quantised, content, options.calibration, kept, **settings)
         yield Variant(name=name, make=lambda quantised=quantised: finish(quantised()))  # type: ignore[misc]
 
 
@@ -156,9 +158,7 @@ def _converted(network: Network, tail: OperatorTail | None) -> bytes:
         return target.read_bytes()
 
 
-def _quantised(
-    content: bytes, calibration: NDArray[np.uint8], keep_float: tuple[str, ...], *, tail_float: bool = True
-) -> bytes:
+def _quantised(content: bytes, calibration: NDArray[np.uint8], kept: list[str], *, tail_float: bool = True) -> bytes:
     """The flatbuffer in 8 bits: weights per channel, activations with the ranges that the images give."""
     from ai_edge_quantizer import qtyping, quantizer, recipe
 
@@ -167,7 +167,7 @@ def _quantised(
         source, target = Path(folder, "float.tflite"), Path(folder, "int8.tflite")
         source.write_bytes(content)
         worker = quantizer.Quantizer(str(source), rules)
-        for scope in ([_TAIL_SCOPE] if tail_float else []) + [scope_of(layer) for layer in keep_float]:
+        for scope in ([_TAIL_SCOPE] if tail_float else []) + kept:
             worker.update_quantization_recipe(
                 regex=scope,
                 operation_name=qtyping.TFLOperationName.ALL_SUPPORTED,
@@ -180,9 +180,35 @@ def _quantised(
         return target.read_bytes()
 
 
-def scope_of(layer: str) -> str:
-    """The regular expression that a layer's outputs match: LiteRT's names are the modules', each after its class."""
-    return "/".join(rf"\w+_{re.escape(part)}" for part in layer.split(".")) + r"(/|;|$)"
+def scopes_of(content: bytes, network: Network, layers: tuple[str, ...]) -> list[str]:
+    """Regular expressions of the operators of a flatbuffer that are these layers of the network.
+
+    The converter's names do not tell the layers apart (they lack the modules that are not called themselves), but it keeps the
+    order of the computation.
+
+    Args:
+        content: in floating point.
+        network: what it was made of.
+        layers: names of modules, as ``detection.export.sensitivity.layers_of`` gives them.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+
+    if not layers:
+        return []
+    model = _read(content)
+    graph = model.subgraphs[0]
+    kinds = schema.BuiltinOperator
+    wanted = (kinds.CONV_2D, kinds.DEPTHWISE_CONV_2D, kinds.FULLY_CONNECTED)
+    found = [one for one in graph.operators if model.operatorCodes[one.opcodeIndex].builtinCode in wanted]
+    order = layers_of(network)
+    assert len(found) == len(order), f"{len(found)} layers in the flatbuffer, {len(order)} in torch"
+    scopes = {}
+    for operator, (name, layer) in zip(found, order.items(), strict=True):
+        shape = sorted(graph.tensors[operator.inputs[1]].shape)  # the axes lie otherwise
+        assert shape == sorted(layer.weight.shape), f"{name}: {shape} in the flatbuffer"  # type: ignore[arg-type]
+        output = graph.tensors[operator.outputs[0]].name
+        scopes[name] = f"^{re.escape(output.decode() if isinstance(output, bytes) else output)}(;|$)"
+    return [scopes[layer] for layer in layers]
 
 
 def with_operator(content: bytes, tail: OperatorTail, num_classes: int, postprocess: PostprocessConfig) -> bytes:
