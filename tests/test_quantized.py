@@ -120,6 +120,9 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_and_is_exported(
     for to, name in (("onnx", "q.onnx"), ("openvino", "q.xml")):
         check_export(whole.last_path, to, tmp_path / name, drawn.val_images)  # type: ignore[arg-type]
     job = ExportJob(checkpoint=whole.last_path, to="onnx", out=tmp_path / "x.onnx", images=drawn.val_images)
+    other = ExportJob(checkpoint=whole.last_path, to="executorch", out=tmp_path / "x.pte", images=drawn.val_images)
+    with pytest.raises(UserError, match="which --to executorch does not take; take onnx, openvino"):
+        export(other, say=lambda line: None)
     job.int8, job.calibration = True, drawn.train_images
     with pytest.raises(UserError, match="brings its ranges"):
         export(job, say=lambda line: None)

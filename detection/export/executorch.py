@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from backbones.errors import UserError
 from backbones.state import write_whole
 from detection.export.litert_metadata import associated_files
 from detection.export.module import Network
@@ -46,16 +45,10 @@ def variants(network: Network, options: ExportOptions) -> Iterator[Variant]:
 
     Raises:
         ImportError: a package is missing.
-        UserError: a detector that was fine-tuned in 8 bits.
     """
     with quiet(*_LOGS):
         import executorch.exir  # noqa: F401  asked for before any work is done
 
-    if network.learnt:
-        raise UserError(
-            "--to executorch takes no detector that was fine-tuned in 8 bits: XNNPACK leaves some of its rounding over, and "
-            "the file does not open; take onnx or openvino, or export the float checkpoint with --int8"
-        )
     if not options.int8:
         yield Variant(name="", make=lambda: ProgramFile(_lowered(network.module, network.image)))
         return

@@ -39,8 +39,8 @@ FP16: tuple[Format, ...] = ("openvino", "ncnn", "coreml")
 """Formats whose weights can be stored in 16 bits."""
 INT8: tuple[Format, ...] = ("onnx", "openvino", "litert", "executorch")
 """Formats that compute in 8 bits."""
-_LEARNT: tuple[Format, ...] = ("onnx", "openvino", "executorch")
-"""Formats that take ranges that a training has learnt."""
+_LEARNT: tuple[Format, ...] = ("onnx", "openvino")
+"""Formats that take ranges that a training has learnt. Of ExecuTorch's, XNNPACK leaves some rounding over, and no file opens."""
 _NOTABLE = 0.01  # a drop from which on the layers are looked at
 _SAME = 0.001  # of figures that differ by less the faster file is better
 _NUM_PROBED = 8  # images that the layers are looked at with
