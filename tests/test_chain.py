@@ -3,15 +3,13 @@
 Runs where LiteRT's converter is (see test_litert.py); MediaPipe is in an environment of its own, .venv-mediapipe.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 
 import cv2
 import numpy as np
-import pytest
 import torch
-from apart import python_of, run_python
+from apart import LITERT_MARKS, python_of, run_python
 from torchvision.ops import box_iou
 
 from detection import load_detector
@@ -19,17 +17,7 @@ from detection.cli.convert import main as convert
 from detection.cli.export import main as export
 from detection.cli.train import main as train
 
-MISSING = [
-    name for name in ("litert_torch", "ai_edge_litert", "ai_edge_quantizer") if not importlib.util.find_spec(name)
-]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        bool(MISSING),
-        reason=f"needs {', '.join(MISSING)} (litedet[litert]); bash tools/run_tests.sh runs it where they are",
-    ),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = LITERT_MARKS
 
 SIDE = 120
 # What docs/chain.md shows, with the threshold and json for a test.

@@ -6,6 +6,7 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -102,6 +103,10 @@ def test_commands_take_an_exported_file(to: Format, scene: Path, annotated: Path
     assert row.bar is None
 
 
+def _stop() -> NoReturn:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.slow
 def test_the_table_has_every_format(
     scene: Path,  # noqa: F811
@@ -113,6 +118,13 @@ def test_the_table_has_every_format(
     monkeypatch.setitem(sys.modules, "litert_torch", None)
     out = tmp_path / "all"
     arguments = [str(scene / "d.safetensors"), "--to", "all", "--images", str(scene / "images"), "--out", str(out)]
+    job_of_table: dict[str, Any] = {
+        "checkpoint": scene / "d.safetensors",
+        "to": "torch",
+        "out": out / "x.pt2",
+        "images": scene / "images",
+    }
+    row_of = table._row
     main([*arguments, "--annotations", str(annotated)])
     rows = json.loads((out / "exports.json").read_text())["rows"]
     assert [row["format"] for row in rows] == ["torch (checkpoint)", "torch", "litert"]
@@ -125,6 +137,12 @@ def test_the_table_has_every_format(
     (out / "exports.json").write_text(json.dumps(content))
     (out / "litert_float32.tflite").touch()
     main([*arguments, "--annotations", str(annotated)])
+    assert "| litert | float32 |  | 1.5 |" in (out / "exports.md").read_text()
+    # A run that is stopped before it comes to that row loses it no more than one that ends.
+    with monkeypatch.context() as stopped:
+        stopped.setattr(table, "_row", lambda job, say: _stop() if job.to == "litert" else row_of(job, say))
+        with pytest.raises(KeyboardInterrupt):
+            table.export_all(ExportJob(**job_of_table, annotations=annotated), out, say=lambda line: None)
     assert "| litert | float32 |  | 1.5 |" in (out / "exports.md").read_text()
     (out / "litert_float32.tflite").unlink()
     main([*arguments, "--annotations", str(annotated)])

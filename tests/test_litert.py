@@ -1,10 +1,9 @@
 """LiteRT files: conversion, eight bits, and what those who read them expect.
 
 The converter wants older packages than ours: these tests run in an environment of its own, .venv-litert, which
-``bash tools/run_tests.sh`` makes and runs them in. Elsewhere they are skipped.
+``LITEDET_LITERT=1 bash tools/run_tests.sh`` makes and runs them in. Elsewhere they are skipped.
 """
 
-import importlib.util
 import io
 import zipfile
 from pathlib import Path
@@ -14,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from apart import run_apart
+from apart import LITERT_MARKS, run_apart
 from test_litedet import small_litedet
 from test_predictor import small_detector
 
@@ -24,18 +23,7 @@ from detection.export.run import ExportJob, ExportResult, export
 from detection.inference.exported import open_exported
 from detection.weights.native import save_detector
 
-MISSING = [
-    name for name in ("litert_torch", "ai_edge_litert", "ai_edge_quantizer") if not importlib.util.find_spec(name)
-]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        bool(MISSING),
-        reason=f"needs {', '.join(MISSING)} (litedet[litert]); bash tools/run_tests.sh runs it where they are",
-    ),
-    # Of the converter and what it brings; they are not ours to mend.
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = LITERT_MARKS
 
 
 @pytest.fixture(scope="module")

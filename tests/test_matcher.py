@@ -66,6 +66,15 @@ def test_two_objects_with_the_same_best_anchor_both_get_one() -> None:
     assert positive.all()
 
 
+def test_of_two_equal_objects_one_takes_the_next_anchor() -> None:
+    # Both bid 0.25 for the first anchor, which the first object gets; in the second round the other takes what is left.
+    anchors = torch.tensor([[0.0, 0, 10, 10], [4, 0, 14, 10], [30, 0, 40, 10]])
+    boxes = torch.tensor([[[0.0, 0, 5, 5], [0, 0, 5, 5]]])
+    positive, objects = SSDAssigner(MatcherConfig()).match(boxes, torch.ones(1, 2, dtype=torch.bool), anchors)
+    assert positive.tolist() == [[True, True, False]]  # and none claims a second time
+    assert objects[0, :2].tolist() == [0, 1]
+
+
 def test_a_forced_anchor_leaves_the_object_it_overlaps_more() -> None:
     # Both objects overlap the one anchor; the larger object reaches 0.81, the small one gets nothing better.
     anchors = torch.tensor([[0.0, 0, 10, 10]])

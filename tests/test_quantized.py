@@ -1,6 +1,7 @@
 """Fine-tuning in eight bits: ranges, moving average, resume, exports with what was learnt. Run: pytest tests/test_quantized.py"""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from detection.cli.train import main as train_det
 from detection.data.drawn import DetectionSet
 from detection.engine.checkpoint import load_checkpoint
 from detection.engine.ema import EmaConfig, ExponentialAverage
+from detection.export import table
 from detection.export.run import ExportJob, export
 from detection.inference.exported import Format
 from detection.models.detector import Detector
@@ -126,6 +128,10 @@ def test_a_run_goes_on_as_if_it_had_not_stopped_and_is_exported(
     job.int8, job.calibration = True, drawn.train_images
     with pytest.raises(UserError, match="brings its ranges"):
         export(job, say=lambda line: None)
+    monkeypatch.setattr(table, "SUFFIXES", {".pt2": "torch"})
+    rows = table.export_all(replace(job, int8=False, calibration=None), tmp_path / "all", say=lambda line: None).rows
+    assert [row.format for row in rows] == ["torch (checkpoint)", "torch"]
+    assert "which --to torch does not take" in rows[1].note
     capsys.readouterr()
     expect_error(quantize(drawn, whole.best_path, tmp_path / "twice"), "was fine-tuned in 8 bits", capsys)
 

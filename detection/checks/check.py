@@ -137,7 +137,8 @@ class Checked:
                     lines.append(f"    {self.place(finding)}{finding.message}")
                 if count > _NUM_NAMED:
                     lines.append(f"    and {count - _NUM_NAMED} more")
-        lines.append(f"{self.num_errors} errors, {self.num_warnings} warnings")
+        counts = ((self.num_errors, "error"), (self.num_warnings, "warning"))
+        lines.append(", ".join(f"{count} {what}{'' if count == 1 else 's'}" for count, what in counts))
         return "\n".join(lines)
 
     def place(self, finding: Finding) -> str:

@@ -19,7 +19,7 @@ from backbones.weights.info import WeightsInfo
 from detection.classification.config import TransformConfig
 from detection.classification.data import EvalTransform
 from detection.engine.plain import from_plain, to_plain
-from detection.inference.exported import Format, Precision, input_dtype, open_file
+from detection.inference.exported import CLASSIFICATION, Format, Precision, input_dtype, open_file, parse_record
 from detection.inference.inputs import Image, to_array
 from detection.inference.runners import FileRunner
 
@@ -84,7 +84,7 @@ class ClassifierRecord:
         """The record as json, with what other programs want to know at the top."""
         side = self.transform.eval_size
         readable = {
-            "task": "classification",
+            "task": CLASSIFICATION,
             "input": {
                 "layout": self.layout,
                 "dtype": input_dtype(self.format),
@@ -106,16 +106,10 @@ class ClassifierRecord:
         Raises:
             UserError: text of another kind, a detector's among them, or of a later version.
         """
-        try:
-            content = json.loads(text)
-            if content.get("task") != "classification":
-                raise UserError(f"{source} holds no classifier; for an exported detector there is load_detector")
-            plain = content["record"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{source}: its record cannot be read ({error})") from error
-        record = from_plain(plain, cls, source=source)
+        content = parse_record(text, source)
+        if content.get("task") != CLASSIFICATION:
+            raise UserError(f"{source} holds no classifier; for an exported detector there is load_detector")
+        record = from_plain(content["record"], cls, source=source)
         record.transform.validate()
         return record
 

@@ -177,6 +177,7 @@ def main(argv: Sequence[str] | None = None) -> QuickstartResult:
             "video": video,
             "video with boxes": found,
             "video's detections": run_dir / "video_detections.jsonl",
+            "its training": run_dir / "detector" / "report.html",
             "TensorBoard logs": run_dir / "detector" / "tensorboard",
             "summary": run_dir / "summary.json",
         },

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from backbones.errors import UserError
-from backbones.state import sha256_of, write_whole
+from backbones.state import write_whole
 from detection.export.run import FP16, INT8, ExportJob, export, open_subject
 from detection.export.verification import processor_name
 from detection.inference.exported import SUFFIXES
@@ -94,12 +94,13 @@ def export_all(job: ExportJob, folder: Path, say: Callable[[str], None] = print)
     Raises:
         UserError: options that do not fit; a file that does not match the checkpoint is a row with its reason.
     """
-    subject = open_subject(replace(job, to="torch", out=folder / "x.pt2", int8=False, calibration=None), ())
+    # In a format that takes every checkpoint, for what the checkpoint itself has.
+    subject = open_subject(replace(job, to="onnx", out=folder / "x.onnx", int8=False, calibration=None), ())
     job = replace(job, known_figure=subject.figure_torch)
     measured = subject.record.measured
     table = ExportTable(
         checkpoint=Path(job.checkpoint).name,
-        checkpoint_sha256=sha256_of(Path(job.checkpoint)) if Path(job.checkpoint).is_file() else "",
+        checkpoint_sha256=subject.record.checkpoint_sha256,
         figure_name=subject.figure_name,
         num_images=measured.num_images,
         annotations=getattr(measured, "annotations", "") or getattr(measured, "images", ""),
@@ -117,10 +118,10 @@ def export_all(job: ExportJob, folder: Path, say: Callable[[str], None] = print)
     for one in _jobs(job, folder):
         say(f"--- {one.to}, {one.precision}")
         row = _row(one, say)
-        if not row.file and (before := former.get((row.format, row.precision))) is not None:
-            row = before
-        table.rows.append(row)
-        _write(folder, table)
+        before = former.pop((row.format, row.precision), None)
+        table.rows.append(row if row.file or before is None else before)
+        # With the rows of before that are still to come: a run that is stopped loses none.
+        _write(folder, replace(table, rows=[*table.rows, *former.values()]))
     return table
 
 

@@ -60,6 +60,25 @@ RECORD_NAME = "litedet.json"
 """Name of the record in the zip archive at the end of a .tflite or .pte file."""
 
 
+CLASSIFICATION = "classification"
+"""``task`` of a classifier's record; a detector's names none."""
+
+
+def parse_record(text: str | bytes, source: str | Path) -> dict[str, Any]:
+    """The json of a record of either kind, as a mapping that has a ``record``.
+
+    Raises:
+        UserError: something else.
+    """
+    try:
+        content = json.loads(text)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{source}: its record cannot be read ({error})") from error
+    if not isinstance(content, dict) or "record" not in content:
+        raise UserError(f"{source}: its record cannot be read (it is json of another kind)")
+    return content
+
+
 @dataclass(kw_only=True, slots=True)
 class Measured:
     """What an exported file was measured to do, and where.
@@ -139,14 +158,10 @@ class ExportRecord:
         Raises:
             UserError: text of another kind, or of a later version.
         """
-        try:
-            content = json.loads(text)
-            plain = content["record"]
-            if content.get("task") == "classification":
-                raise UserError(f"{source} is an exported classifier; a detector was expected")
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{source}: its record cannot be read ({error})") from error
-        record = from_plain(plain, cls, {DetectorConfig: config_type}, source)
+        content = parse_record(text, source)
+        if content.get("task") == CLASSIFICATION:
+            raise UserError(f"{source} is an exported classifier; a detector was expected")
+        record = from_plain(content["record"], cls, {DetectorConfig: config_type}, source)
         record.info.model.validate()
         return record
 

@@ -90,7 +90,7 @@ def _panel(title: str, curves: Mapping[str, Sequence[tuple[int, float]]]) -> Cal
                 marker = "o" if len(points) < 30 else None
                 axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3)
         axes.set(title=title, xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
         if len(curves) > 1 and any(curves.values()):
             axes.legend(fontsize=8)
