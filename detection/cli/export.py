@@ -77,8 +77,10 @@ class ExportConfig:
     """Inside a file that suppresses: detections of an image at most."""
     max_drop: float = 0.05
     """An int8 file that loses more AP than this is not written."""
+    enough: float = 0.002
+    """The first way to quantise that loses less AP than this ends the search; the quick ones are tried first."""
     all_variants: bool = False
-    """Try every known way to quantise. Otherwise the first that loses less than 0.002 AP ends the search."""
+    """Try every known way to quantise and keep the best."""
     keep_float: tuple[str, ...] = ()
     """With --int8: layers that stay in floating point, by name, or one number N: the N that 8 bits cost most. Where the drop
     exceeds 0.01 the export names them."""
@@ -166,6 +168,8 @@ def _folder(config: ExportConfig) -> ExportResult:
 
 def summary(result: ExportResult) -> str:
     """What was written, in lines."""
+    from detection.export.run import signed
+
     record, chosen, name = result.record, result.chosen, result.figure_name
     outputs = getattr(record, "outputs", "logits")
     lines = [f"written: {result.path} ({chosen.size / 1e6:.2f} MB, {record.precision}, {outputs} out)"]
@@ -173,7 +177,7 @@ def summary(result: ExportResult) -> str:
         lines.append(f"best of {len(result.tried)} variants: {chosen.name}")
     if result.drop is not None:
         lines.append(
-            f"{name} {chosen.figure:.4f}, torch {result.figure_torch:.4f}, drop {result.drop:+.4f} on "
+            f"{name} {chosen.figure:.4f}, torch {result.figure_torch:.4f}, drop {signed(result.drop)} on "
             f"{record.measured.num_images} images, on {record.measured.processor}"
         )
     return "\n".join(lines)

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from backbones.errors import UserError
+from detection.engine.quiet import quiet
 from detection.export.module import Network
 from detection.export.options import ExportOptions, Record, Variant
 from detection.export.sensitivity import layers_of
 from detection.inference.exported import KEY
-from detection.inference.runners import quiet
 
 PACKAGES = ("coremltools",)
 _LOGS = ("", "coremltools", "torch.utils._pytree")

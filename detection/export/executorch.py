@@ -15,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from backbones.state import write_whole
+from detection.engine.quiet import quiet
 from detection.export.litert_metadata import associated_files
 from detection.export.module import Network
 from detection.export.options import ExportOptions, Record, Variant
-from detection.inference.runners import quiet
 
 PACKAGES = ("executorch", "torchao")
 _INT8 = {"XNNPACK, per channel": True, "XNNPACK, per tensor": False}

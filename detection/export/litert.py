@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from backbones.state import write_whole
 from detection.boxes import xyxy_to_cxcywh
+from detection.engine.quiet import quiet
 from detection.export.litert_metadata import BUFFER_NAME, associated_files, metadata
 from detection.export.module import Network, Scores
 from detection.export.options import ExportOptions, Record, Variant
 from detection.export.sensitivity import layers_of
 from detection.inference.exported import ExportRecord
-from detection.inference.runners import quiet
 from detection.models.box_coders import SSDBoxCoder
 from detection.models.detector import Detector
 from detection.postprocess import PostprocessConfig

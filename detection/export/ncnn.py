@@ -15,10 +15,10 @@ import torch
 
 from backbones.errors import UserError
 from backbones.state import write_whole
+from detection.engine.quiet import quiet
 from detection.export.module import Network
 from detection.export.options import ExportOptions, Record, Variant
 from detection.inference.exported import beside
-from detection.inference.runners import quiet
 
 PACKAGES = ("pnnx", "ncnn")
 

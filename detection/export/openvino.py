@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from detection.engine.quiet import quiet
 from detection.export.module import Network
 from detection.export.onnx import LEARNT, TAIL, joined, network_onnx, nodes_of, quiet_nncf, tail_of
 from detection.export.options import ExportOptions, Record, Variant
@@ -82,12 +83,13 @@ def _quantised(
     model = openvino_core().read_model(content)
     names = [node.get_friendly_name() for node in model.get_ops()]
     ignored = [name for name in names if name.startswith(TAIL) or name in kept]
-    quantised = nncf.quantize(
-        model,
-        nncf.Dataset([calibration[place : place + 1] for place in range(len(calibration))]),
-        preset=getattr(nncf.QuantizationPreset, preset),
-        subset_size=len(calibration),
-        fast_bias_correction=fast_bias_correction,
-        ignored_scope=nncf.IgnoredScope(names=ignored, validate=False) if ignored else None,
-    )
+    with quiet():
+        quantised = nncf.quantize(
+            model,
+            nncf.Dataset([calibration[place : place + 1] for place in range(len(calibration))]),
+            preset=getattr(nncf.QuantizationPreset, preset),
+            subset_size=len(calibration),
+            fast_bias_correction=fast_bias_correction,
+            ignored_scope=nncf.IgnoredScope(names=ignored, validate=False) if ignored else None,
+        )
     return OpenVinoFile(quantised, fp16=False)

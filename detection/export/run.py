@@ -132,6 +132,8 @@ class ExportJob:
             raise UserError("--keep-float is for --int8; add that, or leave it out")
         if min(self.num_calibration, self.num_verification, self.max_detections) < 1:
             raise UserError("--num-calibration, --num-verification and --max-detections must be at least 1")
+        if min(self.enough, self.max_drop) < 0:
+            raise UserError(f"--enough and --max-drop must not be negative, got {self.enough:g} and {self.max_drop:g}")
         measured_on = self.images if self.annotations else self.labelled
         if self.calibration is not None and measured_on and measured_on.resolve() == self.calibration.resolve():
             raise UserError(
@@ -238,6 +240,12 @@ def export(job: ExportJob, say: Callable[[str], None] = print) -> ExportResult:
             raise UserError(
                 f"the best variant ({chosen.name or record.precision}) loses {drop:.4f} {subject.figure_name}, more than "
                 f"--max-drop {job.max_drop:g}; {job.out} is not written"
+            )
+        quicker = _quicker(tried, chosen)
+        if quicker is not None and subject.figure_torch is not None:
+            say(
+                f"quicker, for a larger drop: {_line(quicker, subject)}. --enough takes the first variant that loses less "
+                f"than it says (now {job.enough:g})"
             )
         final = subject.measured(chosen.figure, chosen.milliseconds)
         final = replace(final, variant=chosen.name, kept_float=options.keep_float)
@@ -365,15 +373,37 @@ def _is_better(one: Tried, other: Tried) -> bool:
     return one.difference.error < other.difference.error
 
 
+def _quicker(tried: list[Tried], chosen: Tried) -> Tried | None:
+    """The best of the variants that take less than two thirds of the chosen one's time and would be written; None: no such."""
+    if chosen.milliseconds is None:
+        return None
+    least = 2 / 3 * chosen.milliseconds
+    found = [
+        one
+        for one in tried
+        if one.figure is not None
+        and one.milliseconds is not None
+        and one.milliseconds < least
+        and one.difference is not None
+        and not one.difference.broken(BOUNDS["int8"])
+    ]
+    return max(found, key=lambda one: one.figure or 0.0, default=None)
+
+
 def _is_enough(one: Tried, figure_torch: float | None, enough: float) -> bool:
     if one.figure is None or figure_torch is None:
         return one.difference is not None and one.difference.complete
     return figure_torch - one.figure < enough
 
 
+def signed(drop: float) -> str:
+    """A drop with four digits and its sign, which one that rounds to nothing does not have."""
+    return f"{drop:+.4f}" if abs(drop) >= 0.00005 else "0.0000"
+
+
 def _line(one: Tried, subject: Subject) -> str:
     parts = [one.name] if one.name else []
     if one.figure is not None and subject.figure_torch is not None:
-        parts.append(f"{subject.figure_name} {one.figure:.4f} (drop {subject.figure_torch - one.figure:+.4f})")
+        parts.append(f"{subject.figure_name} {one.figure:.4f} (drop {signed(subject.figure_torch - one.figure)})")
     parts += [f"{one.size / 1e6:.2f} MB", f"{one.milliseconds:.1f} ms", str(one.difference)]
     return "; ".join(parts)

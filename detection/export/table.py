@@ -9,7 +9,7 @@ from pathlib import Path
 
 from backbones.errors import UserError
 from backbones.state import write_whole
-from detection.export.run import FP16, INT8, ExportJob, export, open_subject
+from detection.export.run import FP16, INT8, ExportJob, export, open_subject, signed
 from detection.export.verification import processor_name
 from detection.inference.exported import SUFFIXES
 
@@ -75,7 +75,11 @@ class ExportTable:
         ]
         for row in self.rows:
             size = f"{row.size / 1e6:.2f}" if row.size else ""
-            shown = (_number(row.milliseconds, ".1f"), _number(row.figure, ".4f"), _number(row.drop, "+.4f"))
+            shown = (
+                _number(row.milliseconds, ".1f"),
+                _number(row.figure, ".4f"),
+                "" if row.drop is None else signed(row.drop),
+            )
             lines.append(f"| {row.format} | {row.precision} | {size} | {' | '.join(shown)} | {row.note} |")
         return "\n".join(lines) + "\n"
 

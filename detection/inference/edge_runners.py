@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from detection.inference.runners import FileRunner, quiet
+from detection.engine.quiet import quiet
+from detection.inference.runners import FileRunner
 
 
 class _PathRunner(FileRunner):

@@ -23,8 +23,9 @@ from torch import Tensor
 from backbones.errors import UserError
 from backbones.state import existing_file, sha256_of
 from detection.engine.plain import from_plain, to_plain
+from detection.engine.quiet import quiet
 from detection.inference.edge_runners import AotRunner, ExecuTorchRunner, NcnnRunner
-from detection.inference.runners import FileRunner, OnnxRuntimeRunner, OpenVinoRunner, openvino_core, quiet
+from detection.inference.runners import FileRunner, OnnxRuntimeRunner, OpenVinoRunner, openvino_core
 from detection.models.build import build_detector, config_type
 from detection.models.detector import DetectorConfig
 from detection.postprocess import to_image

@@ -7,12 +7,8 @@ extra packages (``pip install litedet[export]``) and are imported when they are 
 
 import contextlib
 import copy
-import io
-import logging
 import queue
-import sys
 import threading
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +21,7 @@ from torch import Tensor, nn
 
 from backbones.errors import UserError
 from backbones.layers import ConvNormAct
+from detection.engine.quiet import quiet
 from detection.models.detector import Detector
 from detection.models.folding import fold_norms
 from detection.models.litedet import LiteDetHead
@@ -261,31 +258,6 @@ def threads_for(runner: Runner) -> Iterator[None]:
 
 EXPORTER_LOGS = ("torch.onnx", "onnxscript")
 """Where torch's ONNX exporter and its optimiser report their steps, whatever they are told."""
-
-
-@contextlib.contextmanager
-def quiet(*logs: str) -> Iterator[None]:
-    """Keeps a library from reporting its steps: nothing on stdout, no warnings, errors alone in its logs, and progress bars
-    where a person sees them.
-
-    Args:
-        logs: names of loggers; "" is the root.
-    """
-    loggers = [logging.getLogger(name) for name in logs]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            if not sys.stderr.isatty():
-                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def to_onnx(model: Detector) -> bytes:

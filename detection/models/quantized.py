@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.errors import UserError
+from detection.engine.quiet import quiet
 from detection.models.detector import Detector
 from detection.models.folding import fold_norms
 
@@ -117,7 +118,8 @@ class _Heads(nn.Module):
 def _prepared(network: nn.Module, input_size: tuple[int, int]) -> nn.Module:
     """The network as a graph with modules that round."""
     try:
-        from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+        with quiet("torch.utils._pytree"):  # torchao's first import
+            from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
     except ImportError as error:
         raise UserError(
             f"fine-tuning in 8 bits needs the package {error.name}, which is not installed; pip install 'litedet[qat]'"

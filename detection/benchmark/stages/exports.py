@@ -57,9 +57,7 @@ def _made(inputs: Inputs, folder: Path) -> dict[str, Predictor]:
     for to, exporter in _MADE.items():
         path = folder / f"detector{_SUFFIX[to]}"
         try:
-            # Of ONNX's variants NNCF's is not the quickest: ONNX Runtime leaves more of it in floating point.
-            variants = exporter(network_of(inputs.model), options)
-            artefact = next(one for one in variants if to != "onnx" or one.name.startswith("min-max")).make()
+            artefact = next(exporter(network_of(inputs.model), options)).make()  # the first is a quick one
         except ImportError as error:
             inputs.notes.append(f"exports: {to} needs the package {error.name}, which is not installed")
             continue
