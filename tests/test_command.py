@@ -2,6 +2,7 @@
 
 import configparser
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -40,6 +41,7 @@ def test_help_has_a_line_for_each_command(capsys: pytest.CaptureFixture[str]) ->
         module = importlib.import_module(f"detection.cli.{COMMANDS[name]}")
         assert (module.__doc__ or "").startswith(summary.rstrip())
         assert callable(module.main)
+        assert inspect.getsource(module).rstrip().endswith("main()"), "python -m must not end without a word"
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,12 +55,11 @@ def test_deterministic_operators_on_a_gpu(monkeypatch: pytest.MonkeyPatch, deter
     with_gpus(monkeypatch, 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
         with open_runtime("cuda", deterministic=deterministic):
-            assert torch.backends.cudnn.benchmark is not deterministic
+            assert not torch.backends.cudnn.benchmark  # its search holds up the first step by half a minute
             assert torch.are_deterministic_algorithms_enabled() is deterministic
             assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if deterministic else None)
     finally:
@@ -230,6 +229,11 @@ def test_main_without_an_error(capsys: pytest.CaptureFixture[str]) -> None:
         (UserError("lr must be above 0"), "error: lr must be above 0\n"),
         (FileNotFoundError("a.json is not there"), "error: a.json is not there\n"),
         (FloatingPointError("the loss is no longer finite"), "error: the loss is no longer finite\n"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 MiB. GPU 0 has.\nMore"),
+            "error: memory is full: fewer images at once (--batch-size) need less, and so does --device cpu of a GPU. torch "
+            "says: CUDA out of memory. Tried to allocate 96.00 MiB\n",
+        ),
     ],
 )
 def test_mistakes_of_the_user_end_in_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:

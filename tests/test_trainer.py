@@ -403,6 +403,17 @@ def test_full_memory_names_the_settings(tmp_path: Path, error: Exception | None)
         run(task, config_of(), tmp_path / "run")
 
 
+def test_memory_that_is_full_in_an_evaluation_names_its_setting(tmp_path: Path) -> None:
+    class Large(PointsTask):
+        def evaluate(self, model: nn.Module) -> dict[str, float]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(
+        UserError, match=r"memory is full: .*lower --data\.val-batch-size\. torch says: CUDA out of memory"
+    ):
+        run(Large(), config_of(), tmp_path / "run")
+
+
 def test_first_result_that_is_a_number_beats_nan(tmp_path: Path) -> None:
     task = PointsTask()
     task.scores = [math.nan, 0.1, math.nan]

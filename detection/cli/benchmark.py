@@ -75,3 +75,7 @@ def _run_stages(config: BenchmarkConfig, result: BenchmarkResult) -> None:
     caption = f"cores: {result.environment['cores'].partition(' (')[0]}"
     draw_chart(result.comparisons, config.out / "benchmark.png", caption)
     print(f"\nwritten: {config.out / 'benchmark.json'}, {config.out / 'benchmark.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -174,3 +174,7 @@ def _write(path: Path, content: bytes) -> None:
     from backbones.state import write_whole
 
     write_whole(path, content)
+
+
+if __name__ == "__main__":
+    main()

@@ -86,3 +86,7 @@ def main(argv: Sequence[str] | None = None) -> ConversionReport:
         report = convert_yolo(command.images, command.labels, command.names, command.out)
     print(report)
     return report
+
+
+if __name__ == "__main__":
+    main()

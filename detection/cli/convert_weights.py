@@ -157,3 +157,7 @@ def _save_theirs(converted: Converted, layout: Literal["torchvision", "timm"], o
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_whole(out, buffer.getbuffer())
+
+
+if __name__ == "__main__":
+    main()

@@ -387,3 +387,7 @@ def report(
 
 def _differences(comparison: Comparison) -> list[dict[str, object]]:
     return [asdict(row) | {"verdict": row.verdict} for row in (*comparison.overall, *comparison.classes)]
+
+
+if __name__ == "__main__":
+    main()

@@ -181,3 +181,7 @@ def summary(result: ExportResult) -> str:
             f"{record.measured.num_images} images, on {record.measured.processor}"
         )
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

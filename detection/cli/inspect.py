@@ -75,3 +75,7 @@ def _write_jpeg(path: Path, image: NDArray[np.uint8]) -> None:
 
     _, encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 88])
     write_whole(path, encoded.tobytes())
+
+
+if __name__ == "__main__":
+    main()

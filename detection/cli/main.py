@@ -76,3 +76,7 @@ def installed_version() -> str:
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name.replace("_", "-"), COMMANDS, n=1)
     return f"error: there is no command {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+if __name__ == "__main__":
+    main()

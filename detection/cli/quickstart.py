@@ -273,3 +273,7 @@ def _table(result: QuickstartResult) -> str:
     logs = result.paths["TensorBoard logs"].parent
     lines.append(f"curves and images of the training: tensorboard --logdir {logs}")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -32,3 +32,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     report, curves = write_run_report(config.run)
     print(f"written: {report} and {curves.name}")
     return report
+
+
+if __name__ == "__main__":
+    main()

@@ -325,3 +325,7 @@ def _show(image: NDArray[np.uint8]) -> bool:
     cv2.imshow(_WINDOW, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     key = cv2.waitKey(1) & 0xFF
     return key in (ord("q"), 27) or cv2.getWindowProperty(_WINDOW, cv2.WND_PROP_VISIBLE) < 1
+
+
+if __name__ == "__main__":
+    main()

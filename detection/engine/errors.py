@@ -46,11 +46,16 @@ def main_errors(main: _Main | None = None, *, stopped: str = "stopped") -> _Main
         try:
             try:
                 return main(argv)
-            except RuntimeError:
-                from detection.engine.workers import (
-                    clear_failures,  # torch: whatever raised this has imported it already
-                )
+            except RuntimeError as error:
+                # torch: whatever raised this has imported it already
+                from detection.engine.runtime import is_full_memory, what_was_too_much
+                from detection.engine.workers import clear_failures
 
+                if is_full_memory(error):
+                    raise UserError(
+                        "memory is full: fewer images at once (--batch-size) need less, and so does --device cpu of a GPU. "
+                        f"torch says: {what_was_too_much(error)}"
+                    ) from error
                 with clear_failures():
                     raise
         except EXPECTED as error:

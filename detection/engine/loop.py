@@ -21,7 +21,7 @@ from detection.engine.log import Meter, Reading, RunLog, epoch_record, with_wait
 from detection.engine.nonfinite import NonFiniteGuard
 from detection.engine.optim import OptimConfig, build_optimizer, build_schedule, parameter_groups
 from detection.engine.plain import to_plain
-from detection.engine.runtime import Runtime, check_device, seed_everything
+from detection.engine.runtime import Runtime, check_device, is_full_memory, seed_everything, what_was_too_much
 from detection.engine.state import TrainState
 from detection.engine.stopping import StopRequest
 from detection.engine.sync_norm import synchronise_norms
@@ -165,8 +165,8 @@ class TrainConfig:
     num_threads: int | None = None
     """Threads of torch's operators; None leaves torch's own choice."""
     deterministic: bool = False
-    """On a GPU: let cuDNN and torch choose operators that give the same bits in every run with the same seed. It costs speed
-    (no search for the quickest convolution). torch warns of an operator that has none. On a CPU runs are equal as it is."""
+    """On a GPU: let cuDNN and torch choose operators that give the same bits in every run with the same seed. It costs speed.
+    torch warns of an operator that has none. On a CPU runs are equal as it is."""
     device: str = "auto"
     """Where to train: auto (a CUDA GPU where there is one, else the CPU), cpu, cuda, cuda:N or mps."""
     resume: bool = False
@@ -442,7 +442,8 @@ class _Loop:
             image_ids = batch.image_ids.tolist()
             batch = batch.to(runtime.device, non_blocking=True)
             if log.writer is not None and state.step == 0 and state.batch == 0:
-                _log_images(self.task, log.writer, state.step, batch, state.model)
+                with _memory_advice(config):
+                    _log_images(self.task, log.writer, state.step, batch, state.model)
                 self.task.step.train()
             seed_everything(config.seed, epoch=state.epoch, rank=runtime.rank, batch=state.batch)
             completes_group = self._forward_and_backward(batch, image_ids, meter, wait_seconds)
@@ -565,7 +566,7 @@ class _Loop:
         """Evaluates what is deployed; gives whether it is the best so far (on process 0)."""
         state, task = self.state, self.task
         try:
-            with self.stop.at_once():
+            with self.stop.at_once(), _memory_advice(self.config, evaluates=True):
                 metrics = _evaluate(task, state.deployed)
         except KeyboardInterrupt:
             log.flush()
@@ -641,20 +642,22 @@ def _gradients_stay_local(step: nn.Module, condition: bool) -> contextlib.Abstra
 
 
 @contextlib.contextmanager
-def _memory_advice(config: TrainConfig) -> Iterator[None]:
+def _memory_advice(config: TrainConfig, *, evaluates: bool = False) -> Iterator[None]:
     """Turns torch's errors about full memory into a ``UserError`` that says which settings need less."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_full_memory(error):
             raise
         half = max(config.batch_size // 2, 2)
         amp = "" if config.amp != "off" else ", compute in half precision (--train.amp bf16)"
-        raise UserError(
-            f"memory is full: lower --train.batch-size (now {config.batch_size}; {half} with --train.accumulate "
-            f"{config.accumulate * 2} takes steps over as many images), lower --model.input-size{amp}. torch says: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+        advice = (
+            f"lower --train.batch-size (now {config.batch_size}; {half} with --train.accumulate {config.accumulate * 2} "
+            f"takes steps over as many images), lower --model.input-size{amp}"
+        )
+        if evaluates:
+            advice = "it was an evaluation: lower --data.val-batch-size"
+        raise UserError(f"memory is full: {advice}. torch says: {what_was_too_much(error)}") from error
 
 
 def _check_weights(parameters: list[nn.Parameter], epoch: int, step: int) -> None:
