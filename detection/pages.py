@@ -203,7 +203,7 @@ def figure(image: NDArray[np.uint8], caption: object = "", alt: str = "", side: 
         quality: of the JPEG, 1 to 100.
     """
     text = alt or ("" if isinstance(caption, Html) else str(caption))
-    shown = Html(f'<img src="{data_uri(image, side, quality)}" alt="{html.escape(text)}" loading="lazy">')
+    shown = Html(f'<img src="{data_uri(image, side, quality)}" alt="{html.escape(text)}">')
     return element("figure", shown, *([element("figcaption", caption)] if caption else []))
 
 

@@ -54,7 +54,7 @@ class Look(NamedTuple):
 def look_at(page: Path, folder: Path, widths: tuple[int, ...] = (1400, 400)) -> list[Look]:
     """What a page is in windows of these widths; ``folder`` takes what Chromium leaves behind."""
     assert CHROMIUM is not None
-    text = html.escape(page.read_text().replace('loading="lazy"', ""))
+    text = html.escape(page.read_text())
     frames = (f'<iframe width="{width}" height="4000" style="border:0" srcdoc="{text}"></iframe>' for width in widths)
     around = folder / "frames.html"
     around.write_text(f'<!DOCTYPE html><meta charset="utf-8"><script>{_SCRIPT}</script>{"".join(frames)}')
