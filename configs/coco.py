@@ -4,8 +4,8 @@ from pathlib import Path
 
 from backbones.mobilenetv2 import MobileNetV2Config
 from detection.data.augment import AugmentConfig, ssd_augment
+from detection.engine.config import TrainConfig
 from detection.engine.ema import EmaConfig
-from detection.engine.loop import TrainConfig
 from detection.engine.optim import OptimConfig
 from detection.models.litedet import LiteDetConfig
 from detection.models.ssdlite import SSDLiteConfig

@@ -3,8 +3,8 @@
 from backbones.classifier import ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config
 from detection.classification.config import ClassificationConfig, ClassificationDataConfig, TransformConfig
+from detection.engine.config import TrainConfig
 from detection.engine.ema import EmaConfig
-from detection.engine.loop import TrainConfig
 from detection.engine.optim import OptimConfig
 
 _STEPS_PER_EPOCH = 1_281_167 // 1024

@@ -4,8 +4,8 @@ from backbones.classifier import ClassifierConfig
 from backbones.mobilenetv2 import MobileNetV2Config
 from detection.classification.config import ClassificationConfig, ClassificationDataConfig, TransformConfig
 from detection.data.augment import AugmentConfig
+from detection.engine.config import TrainConfig
 from detection.engine.ema import EmaConfig
-from detection.engine.loop import TrainConfig
 from detection.engine.optim import OptimConfig
 from detection.models.litedet import LiteDetConfig
 from detection.training.config import DataConfig, DetectionConfig

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from detection.data.augment import ssd_augment
-from detection.engine.loop import TrainConfig
+from detection.engine.config import TrainConfig
 from detection.engine.optim import OptimConfig
 from detection.training.config import DataConfig, DetectionConfig, SplitConfig
 

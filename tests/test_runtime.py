@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from backbones.errors import UserError
 from detection.cli import train, train_cls
+from detection.engine.config import TrainConfig
 from detection.engine.errors import main_errors
-from detection.engine.loop import TrainConfig
 from detection.engine.runtime import Runtime, choose_device, open_runtime, seed_everything
 
 

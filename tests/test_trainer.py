@@ -23,9 +23,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from backbones.errors import UserError
 from detection.engine.checkpoint import load_checkpoint, save_checkpoint
+from detection.engine.config import TrainConfig
 from detection.engine.ema import EmaConfig
 from detection.engine.files import from_main, open_run
-from detection.engine.loop import TrainConfig, train
+from detection.engine.loop import train
 from detection.engine.optim import OptimConfig
 from detection.engine.plain import from_plain
 from detection.engine.runtime import Runtime, open_runtime

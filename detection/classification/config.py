@@ -6,7 +6,7 @@ from typing import Literal
 
 from backbones.classifier import ClassifierConfig
 from backbones.errors import UserError
-from detection.engine.loop import TrainConfig
+from detection.engine.config import TrainConfig
 
 
 @dataclass(kw_only=True, slots=True)

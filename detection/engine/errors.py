@@ -48,7 +48,7 @@ def main_errors(main: _Main | None = None, *, stopped: str = "stopped") -> _Main
                 return main(argv)
             except RuntimeError as error:
                 # torch: whatever raised this has imported it already
-                from detection.engine.runtime import is_full_memory, what_was_too_much
+                from detection.engine.memory import is_full_memory, what_was_too_much
                 from detection.engine.workers import clear_failures
 
                 if is_full_memory(error):

@@ -4,247 +4,32 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 from backbones.errors import UserError
-from detection.engine.ema import EmaConfig, ExponentialAverage
+from detection.engine.config import TrainConfig
+from detection.engine.ema import ExponentialAverage
 from detection.engine.files import Run
 from detection.engine.log import Meter, Reading, RunLog, epoch_record, with_wait
+from detection.engine.memory import memory_advice
 from detection.engine.nonfinite import NonFiniteGuard
-from detection.engine.optim import OptimConfig, build_optimizer, build_schedule, parameter_groups
+from detection.engine.optim import build_optimizer, build_schedule, parameter_groups
 from detection.engine.plain import to_plain
-from detection.engine.runtime import Runtime, check_device, is_full_memory, seed_everything, what_was_too_much
+from detection.engine.runtime import Runtime, seed_everything
 from detection.engine.state import TrainState
 from detection.engine.stopping import StopRequest
 from detection.engine.sync_norm import synchronise_norms
+from detection.engine.task import Task, TrainBatch, TrainLoader
 
 _log = logging.getLogger(__name__)
-
-_Batch = TypeVar("_Batch", bound="TrainBatch")
-
-_NUM_NAMED_IMAGES = 5  # of the unreadable ones in the message that ends a run
-_NUM_SKIPPED_OF_FEW = 5  # unreadable images that end no run, however few images there are (up to a fifth of them)
-
-
-class TrainBatch(Protocol):
-    """A batch of training data.
-
-    Attributes:
-        skipped: "path: reason" of every image that could not be read while this batch was made.
-        damaged: "path: what the decoder says" of every image in it that decoded to partly wrong pixels.
-        image_ids: int64 [B], the numbers of its images; read before the batch goes to the device.
-    """
-
-    image_ids: Tensor
-    skipped: list[str]
-    damaged: list[str]
-
-    def __len__(self) -> int:
-        """Number of images."""
-
-    def inputs(self) -> tuple[Tensor, ...]:
-        """What the training step takes."""
-
-    def to(self: _Batch, device: torch.device, non_blocking: bool = False) -> _Batch:
-        """The same batch on another device."""
-
-
-class TrainLoader(Protocol):
-    """Batches of training data, as ``BatchLoader`` gives them.
-
-    With several processes each one's loader gives its own share, and all of them the same number of batches.
-    """
-
-    def __len__(self) -> int:
-        """Number of batches of an epoch."""
-
-    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """The epoch of the next iteration and the batch that it begins with."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """The batches (``TrainBatch``) of the epoch, from that one on."""
-
-
-class Task(Protocol):
-    """What is trained. The properties may as well be plain attributes."""
-
-    @property
-    def config(self) -> Any:
-        """The composed config as adopted, a dataclass: with network and loss as they were built."""
-
-    @property
-    def step(self) -> nn.Module:
-        """Called with a batch's inputs, gives scalar losses on the device; "loss" is minimised. Contains ``model``.
-
-        With several processes the gradients are averaged over them: a loss that is divided by a sum over the images
-        takes that sum over all processes and multiplies by their number.
-        """
-
-    @property
-    def model(self) -> nn.Module:
-        """The network whose weights are trained, averaged and saved."""
-
-    @property
-    def metric(self) -> str:
-        """The entry of ``evaluate`` that decides which weights are the best; higher is better."""
-
-    @property
-    def num_train(self) -> int:
-        """Number of training images."""
-
-    @property
-    def lr_scales(self) -> Mapping[str, float]:
-        """Prefix of parameter names in ``model`` -> factor of the learning rate; {} for one rate."""
-
-    def data_fingerprint(self) -> Mapping[str, int | str]:
-        """What tells the training data from other data when a run is resumed: counts, a hash; no paths."""
-
-    def train_loader(self) -> TrainLoader:
-        """The training data. Called once."""
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Called on every process with ``model`` in evaluation mode; process 0's result counts."""
-
-    def image_names(self, image_ids: Sequence[int]) -> list[str]:
-        """The files of training images, by their numbers in a batch, for a message."""
-
-    def checkpoint_extra(self) -> dict[str, Any]:
-        """Tensors and plain data that travel with the weights: model config, class names, normalisation."""
-
-    def log_images(self, writer: SummaryWriter, step: int, batch: Any, model: nn.Module) -> None:
-        """Called on process 0 with a training batch on the device and ``model`` in evaluation mode."""
-
-
-@dataclass(kw_only=True, slots=True)
-class TrainConfig:
-    epochs: int = 25
-    """Passes over the training images."""
-    batch_size: int = 24
-    """Images of a batch, over all processes together, so that the same recipe fits 1 GPU and 8: they take the steps that one
-    process would."""
-    accumulate: int = 1
-    """Batches whose gradients are averaged for one step of the optimiser."""
-    seed: int = 0
-    """Everything random follows from it. 0 or above."""
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    """Optimiser and learning rate."""
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    """Moving average of the weights."""
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    """Precision of the forward pass. fp16 scales the loss and leaves out steps whose gradient overflows."""
-    channels_last: bool = True
-    """Memory format of the convolutions' weights; more than twice as fast on a CPU."""
-    compile: bool = False
-    """Compile the training step with torch.compile(fullgraph=True)."""
-    sync_norm: bool = True
-    """Batch norms see the images of all processes, so that these train what one does. It takes an exchange for each norm and
-    step; off, each process normalises its own share of the batch, and weights differ. Without effect in one process."""
-    eval_every: int = 1
-    """Epochs between evaluations; the last epoch is always evaluated."""
-    log_every: int = 20
-    """Optimiser steps between readings of the losses. A reading makes the host wait for the device."""
-    checkpoint_every_steps: int | None = None
-    """Optimiser steps between writings of last.pt within an epoch; None writes it after each epoch alone (and after Ctrl-C
-    and SIGTERM)."""
-    checkpoint_every_minutes: float | None = None
-    """Minutes after which last.pt is written within an epoch; None for no limit."""
-    max_left_out: int = 10
-    """Batches of the whole run that may be left out because their loss or gradient is infinite or not a number. One more
-    ends the run. Their images are named when losses are read (log_every)."""
-    max_skipped_share: float = 0.01
-    """The run stops when more than this share of the training images cannot be read. In small datasets five images may be
-    unreadable, but no more than a fifth of them; with 0 none may."""
-    num_threads: int | None = None
-    """Threads of torch's operators; None leaves torch's own choice."""
-    deterministic: bool = False
-    """On a GPU: let cuDNN and torch choose operators that give the same bits in every run with the same seed. It costs speed.
-    torch warns of an operator that has none. On a CPU runs are equal as it is."""
-    device: str = "auto"
-    """Where to train: auto (a CUDA GPU where there is one, else the CPU), cpu, cuda, cuda:N or mps."""
-    resume: bool = False
-    """Go on with the run in the run folder, exactly where its last checkpoint was written. The network comes from its last.pt
-    alone: the weights it once started from are not needed. A start that torchrun --max-restarts or Slurm repeats does so by
-    itself, where there is a checkpoint."""
-
-    def validate(self) -> None:
-        """Raises UserError for a value that means nothing."""
-        for name in ("epochs", "batch_size", "accumulate", "eval_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} must be at least 1, not {getattr(self, name)}")
-        if self.max_left_out < 0:
-            raise UserError(f"train.max_left_out must be 0 or above, not {self.max_left_out}")
-        if self.checkpoint_every_steps is not None and self.checkpoint_every_steps < 1:
-            raise UserError(
-                f"train.checkpoint_every_steps must be at least 1 or None, not {self.checkpoint_every_steps}"
-            )
-        if self.checkpoint_every_minutes is not None and not self.checkpoint_every_minutes > 0:
-            raise UserError(
-                f"train.checkpoint_every_minutes must be above 0 or None, not {self.checkpoint_every_minutes}"
-            )
-        if self.seed < 0:
-            raise UserError(f"train.seed must be 0 or above, not {self.seed}")
-        if self.batch_size == 1:
-            raise UserError(
-                "train.batch_size must be at least 2, not 1: batch norm learns nothing from a single image; to save memory "
-                "lower the input size, to average over more images raise --train.accumulate"
-            )
-        if self.num_threads is not None and self.num_threads < 1:
-            raise UserError(f"train.num_threads must be at least 1 or None, not {self.num_threads}")
-        if not 0 <= self.max_skipped_share <= 1:
-            raise UserError(f"train.max_skipped_share must be in 0 <= x <= 1, not {self.max_skipped_share}")
-        check_device(self.device)
-        self.optim.validate()
-        self.ema.validate()
-
-    def batch_size_per_process(self, world_size: int) -> int:
-        """Images of a batch in one of ``world_size`` processes.
-
-        Raises:
-            UserError: the batch cannot be shared out evenly, or leaves single images.
-        """
-        if self.batch_size % world_size:
-            raise UserError(
-                f"train.batch_size {self.batch_size} cannot be shared out evenly to {world_size} processes; "
-                f"take a multiple of {world_size}"
-            )
-        share = self.batch_size // world_size
-        if share == 1 and not (self.sync_norm and world_size > 1):
-            raise UserError(
-                f"train.batch_size {self.batch_size} leaves one image for each of {world_size} processes, and batch norm "
-                f"learns nothing from a single image; take at least {2 * world_size}, or --train.sync-norm True"
-            )
-        return share
-
-    def num_skipped_allowed(self, num_images: int) -> int:
-        """How many of so many images may be unreadable: see ``max_skipped_share``."""
-        if self.max_skipped_share == 0:
-            return 0
-        return max(int(self.max_skipped_share * num_images), min(_NUM_SKIPPED_OF_FEW, num_images // 5))
-
-    def too_many_skipped(self, texts: Sequence[str], num: int, num_images: int, which: str) -> str:
-        """The message that ends a run with too many images that cannot be read.
-
-        Args:
-            texts: "path: reason" of some of them.
-            num: of all of them.
-            num_images: readable ones included.
-            which: "training" or "validation".
-        """
-        named = "; ".join(texts[:_NUM_NAMED_IMAGES])
-        more = num - min(len(texts), _NUM_NAMED_IMAGES)
-        return (
-            f"{num} of {num_images} {which} images cannot be read, more than --train.max-skipped-share "
-            f"{self.max_skipped_share:g} allows: {named}{f'; and {more} more' if more else ''}. Repair them, take them out, "
-            f"or raise the share"
-        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -442,7 +227,7 @@ class _Loop:
             image_ids = batch.image_ids.tolist()
             batch = batch.to(runtime.device, non_blocking=True)
             if log.writer is not None and state.step == 0 and state.batch == 0:
-                with _memory_advice(config):
+                with memory_advice(config):
                     _log_images(self.task, log.writer, state.step, batch, state.model)
                 self.task.step.train()
             seed_everything(config.seed, epoch=state.epoch, rank=runtime.rank, batch=state.batch)
@@ -466,7 +251,7 @@ class _Loop:
         completes_group = state.batch + 1 == group_start + group_size
         if state.batch == group_start:
             self.guard.begin_step()
-        with _memory_advice(config), _gradients_stay_local(self.module, not completes_group):
+        with memory_advice(config), _gradients_stay_local(self.module, not completes_group):
             with _autocast(config.amp, self.runtime.device):
                 losses = self.module(*batch.inputs())
             state.scaler.scale(losses["loss"] / group_size).backward()
@@ -488,7 +273,7 @@ class _Loop:
             self.guard.end_step(None)
         else:  # the fused optimisers leave out a step by this flag, which GradScaler sets itself
             optimizer.found_inf = self.guard.end_step(norm).float()  # type: ignore[attr-defined]
-        with _memory_advice(self.config):  # the first step makes the optimiser's state
+        with memory_advice(self.config):  # the first step makes the optimiser's state
             state.scaler.step(optimizer)
         state.scaler.update()
         optimizer.zero_grad()
@@ -566,7 +351,7 @@ class _Loop:
         """Evaluates what is deployed; gives whether it is the best so far (on process 0)."""
         state, task = self.state, self.task
         try:
-            with self.stop.at_once(), _memory_advice(self.config, evaluates=True):
+            with self.stop.at_once(), memory_advice(self.config, evaluates=True):
                 metrics = _evaluate(task, state.deployed)
         except KeyboardInterrupt:
             log.flush()
@@ -639,25 +424,6 @@ def _gradients_stay_local(step: nn.Module, condition: bool) -> contextlib.Abstra
     if condition and isinstance(step, DistributedDataParallel):
         return step.no_sync()
     return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _memory_advice(config: TrainConfig, *, evaluates: bool = False) -> Iterator[None]:
-    """Turns torch's errors about full memory into a ``UserError`` that says which settings need less."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_full_memory(error):
-            raise
-        half = max(config.batch_size // 2, 2)
-        amp = "" if config.amp != "off" else ", compute in half precision (--train.amp bf16)"
-        advice = (
-            f"lower --train.batch-size (now {config.batch_size}; {half} with --train.accumulate {config.accumulate * 2} "
-            f"takes steps over as many images), lower --model.input-size{amp}"
-        )
-        if evaluates:
-            advice = "it was an evaluation: lower --data.val-batch-size"
-        raise UserError(f"memory is full: {advice}. torch says: {what_was_too_much(error)}") from error
 
 
 def _check_weights(parameters: list[nn.Parameter], epoch: int, step: int) -> None:

@@ -14,10 +14,12 @@ import torch
 from backbones.errors import UserError
 from backbones.state import write_whole
 from detection.engine.chart import save_figure
-from detection.engine.loop import Task, TrainConfig, _autocast, _place_step
+from detection.engine.config import TrainConfig
+from detection.engine.loop import _autocast, _place_step
 from detection.engine.optim import build_optimizer, parameter_groups
 from detection.engine.progress import progress_bar
 from detection.engine.runtime import Runtime, seed_everything
+from detection.engine.task import Task
 
 STEPS = 150
 _MEMORY = 0.9  # of the moving average that smooths the loss

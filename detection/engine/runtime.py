@@ -216,17 +216,6 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, -1)  # never
 
 
-def is_full_memory(error: BaseException) -> bool:
-    """Whether an error of torch's says that there is no memory left, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def what_was_too_much(error: BaseException) -> str:
-    """The head of torch's message about full memory; the rest lists every process of the machine."""
-    first = str(error).splitlines()[0]
-    return ". ".join(first.split(". ")[:2]).rstrip(".")
-
-
 def choose_device(choice: DeviceChoice = "auto", local_rank: int = 0) -> torch.device:
     """The device that ``choice`` means in process ``local_rank`` of this machine.
 

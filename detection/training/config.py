@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 from backbones.errors import UserError
 from detection.data.augment import AugmentConfig
 from detection.data.dataset import ExifRule
-from detection.engine.loop import TrainConfig
+from detection.engine.config import TrainConfig
 from detection.engine.plain import from_plain
 from detection.images.decode import MAX_PIXELS
 from detection.models.build import config_type

@@ -19,7 +19,7 @@ from detection.data.coco import CocoIndex
 from detection.data.dataset import DetectionDataset, check_images
 from detection.data.loader import build_loader, collate
 from detection.data.summary import describe
-from detection.engine.loop import TrainConfig
+from detection.engine.config import TrainConfig
 from detection.engine.runtime import Runtime, seed_everything
 from detection.engine.workers import BatchLoader
 from detection.evaluation.coco_ap import CocoEvaluator
