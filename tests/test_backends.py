@@ -28,10 +28,10 @@ from detection.inference.runners import (
     TorchRunner,
     _can_pack,
     build_runner,
-    fold_norms,
     threads_for,
     to_onnx,
 )
+from detection.models.folding import fold_norms
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.structures import RawPredictions, run_in_parts
 from detection.weights.native import save_detector

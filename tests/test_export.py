@@ -38,8 +38,9 @@ from detection.inference.exported import (
     sha256_of_detector,
 )
 from detection.inference.predictor import Predictor
-from detection.inference.runners import TorchRunner, as_predictions, fold_norms, to_onnx
+from detection.inference.runners import TorchRunner, as_predictions, to_onnx
 from detection.models.box_coders import SSDBoxCoder
+from detection.models.folding import fold_norms
 from detection.postprocess import PostprocessConfig
 from detection.structures import RawPredictions, Runner, run_in_parts
 from detection.weights.native import save_detector

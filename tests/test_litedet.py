@@ -24,11 +24,10 @@ from detection.inference.runners import (
     PackedRunner,
     _can_pack,
     build_runner,
-    fold_norms,
-    merge_outputs,
     to_onnx,
 )
 from detection.models.build import build_detector
+from detection.models.folding import fold_norms, merge_outputs
 from detection.models.litedet import LiteDet, LiteDetConfig
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig

@@ -19,8 +19,9 @@ from detection.engine.checkpoint import save_checkpoint
 from detection.engine.plain import to_plain
 from detection.inference.inputs import Image, to_array
 from detection.inference.predictor import Predictor, read_image
-from detection.inference.runners import Backend, build_runner, fold_norms
+from detection.inference.runners import Backend, build_runner
 from detection.models.anchors import AnchorConfig
+from detection.models.folding import fold_norms
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig
 from detection.structures import RawPredictions

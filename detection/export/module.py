@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from detection.inference.runners import fold_norms
 from detection.models.detector import Detector
+from detection.models.folding import fold_norms
 from detection.models.quantized import QuantizedDetector
 from detection.postprocess import PostprocessConfig
 

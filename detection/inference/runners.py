@@ -23,8 +23,7 @@ from backbones.errors import UserError
 from backbones.layers import ConvNormAct
 from detection.engine.quiet import quiet
 from detection.models.detector import Detector
-from detection.models.folding import fold_norms
-from detection.models.litedet import LiteDetHead
+from detection.models.folding import fold_norms, merge_outputs
 from detection.models.quantized import QuantizedDetector
 from detection.structures import RawPredictions, Runner
 
@@ -76,17 +75,6 @@ def build_runner(
         raise UserError(
             f"backend {backend} needs the package {error.name}, which is not installed; pip install 'litedet[export]'"
         ) from error
-
-
-def merge_outputs(model: Detector) -> Detector:
-    """Merge what can be computed at once in the heads of a detector that is only to predict, in place: the same function.
-
-    Not for a file that is quantised: boxes and classes would share one scale.
-    """
-    for module in model.modules():
-        if isinstance(module, LiteDetHead):
-            module.merge_outputs()
-    return model
 
 
 class TorchRunner:

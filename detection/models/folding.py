@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them, for prediction."""
+"""What a network that is only to predict computes at once: batch norms in the convolutions before them, outputs together."""
 
 from typing import TypeVar
 
@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from backbones.layers import ConvNormAct
+from detection.models.litedet import LiteDetHead
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -16,4 +17,15 @@ def fold_norms(model: _Module) -> _Module:
         if isinstance(module, ConvNormAct) and isinstance(module.norm, nn.BatchNorm2d):
             module.conv = fuse_conv_bn_eval(module.conv, module.norm)
             module.norm = nn.Identity()  # type: ignore[assignment]
+    return model
+
+
+def merge_outputs(model: _Module) -> _Module:
+    """Merge what can be computed at once in the heads of a detector that is only to predict, in place: the same function.
+
+    Not for a file that is quantised: boxes and classes would share one scale.
+    """
+    for module in model.modules():
+        if isinstance(module, LiteDetHead):
+            module.merge_outputs()
     return model
