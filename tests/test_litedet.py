@@ -27,8 +27,9 @@ from detection.inference.runners import (
     to_onnx,
 )
 from detection.models.build import build_detector
-from detection.models.folding import fold_norms, merge_outputs
+from detection.models.folding import SubtractedReLU6, clip_sums_in_blocks, fold_norms, merge_outputs
 from detection.models.litedet import LiteDet, LiteDetConfig
+from detection.models.necks import DepthwiseSeparable
 from detection.models.ssdlite import SSDLite, SSDLiteConfig
 from detection.postprocess import PostprocessConfig
 from detection.structures import RawPredictions, Target
@@ -352,6 +353,32 @@ def test_outputs_merged_for_prediction_say_the_same() -> None:
         expected, found = model(images), merged(images)
     torch.testing.assert_close(found.codes, expected.codes)
     torch.testing.assert_close(found.class_logits, expected.class_logits)
+
+
+def test_relu6_by_subtraction() -> None:
+    act = SubtractedReLU6(2)
+    x = torch.tensor([-1e4, -1.0, 0.0, 2.5, 6.0, 6.5, 1e4]).reshape(1, 1, 1, 7).expand(1, 2, 1, 7)
+    expected = torch.tensor([0.0, 0.0, 0.0, 2.5, 6.0, 6.0, 6.0]).expand(1, 2, 1, 7)
+    torch.testing.assert_close(act(x), expected, rtol=0, atol=1e-6)
+
+
+def test_sums_clipped_in_blocks_say_the_same() -> None:
+    model = small_litedet()[0]
+    with torch.no_grad():  # so that sums are above 6
+        for module in model.modules():
+            if isinstance(module, DepthwiseSeparable):
+                module.pointwise.norm.bias.add_(4.0)  # type: ignore[operator]
+    images = torch.randint(0, 256, (3, 3, 96, 128), dtype=torch.uint8)
+    other = clip_sums_in_blocks(copy.deepcopy(model))
+    num_blocks = sum(isinstance(layer, SubtractedReLU6) for layer in other.modules())
+    assert num_blocks == sum(
+        isinstance(layer, DepthwiseSeparable) and layer.act is not None for layer in model.modules()
+    )
+    assert num_blocks > 8
+    with torch.inference_mode():
+        expected, found = model(images), other(images)
+    torch.testing.assert_close(found.codes, expected.codes, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

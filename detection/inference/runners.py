@@ -7,6 +7,7 @@ extra packages (``pip install litedet[export]``) and are imported when they are 
 
 import contextlib
 import copy
+import platform
 import queue
 import threading
 from abc import ABC, abstractmethod
@@ -23,12 +24,14 @@ from backbones.errors import UserError
 from backbones.layers import ConvNormAct
 from detection.engine.quiet import quiet
 from detection.models.detector import Detector
-from detection.models.folding import fold_norms, merge_outputs
+from detection.models.folding import clip_sums_in_blocks, fold_norms, merge_outputs
 from detection.models.quantized import QuantizedDetector
 from detection.structures import RawPredictions, Runner
 
 Backend = Literal["torch", "compile", "onnxruntime", "openvino"]
 Amp = Literal["off", "bf16", "fp16"]
+
+_X86 = ("x86_64", "AMD64", "i386", "x86")
 
 
 def build_runner(
@@ -69,6 +72,8 @@ def build_runner(
     if amp != "off":
         raise UserError(f"backend {backend} computes in float32 here; amp={amp!r} is for 'torch' and 'compile'")
     make = OnnxRuntimeRunner if backend == "onnxruntime" else OpenVinoRunner
+    if backend == "onnxruntime" and platform.machine() in _X86:
+        folded = clip_sums_in_blocks(folded)
     try:
         return make(to_onnx(folded), folded.anchors)
     except ImportError as error:
