@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fake_cuda import needs_indexing
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -228,22 +229,11 @@ class CountOperators(TorchDispatchMode):
         return out
 
 
-def fake_cuda_can_be_indexed() -> bool:
-    """torch 2.9 cannot, without a GPU."""
-    with FakeTensorMode():
-        try:
-            torch.zeros(1, 1, device="cuda")[..., 0] = 0
-        except RuntimeError:
-            return False
-    return True
-
-
+@needs_indexing
 @pytest.mark.filterwarnings("ignore:`create_unbacked_symint`:FutureWarning")  # torchvision's
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_host_waits_do_not_grow_with_the_batch(batch_size: int) -> None:
     # On fake CUDA tensors: no GPU is needed, and no value can be read on the host.
-    if not fake_cuda_can_be_indexed():
-        pytest.skip(f"torch {torch.__version__} asks for a driver where a fake CUDA tensor is indexed")
     post = Postprocess(PostprocessConfig(), SSDBoxCoder(), "softmax", True)
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False), CountOperators() as count:
         raw = RawPredictions(
