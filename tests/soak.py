@@ -2,6 +2,7 @@
 """Trains, and runs a video, for as long as you like on drawn data, and fails where memory, files or threads grow.
 
 $ python tests/soak.py --minutes 60 --out FOLDER
+$ python tests/soak.py --minutes 60 --out FOLDER --part video    # one of the two: both at a time take an hour, not two
 
 Leaves soak.png and soak.json in FOLDER: memory, open files and threads over time. Linux. Status 1 where something grows.
 """
@@ -208,12 +209,16 @@ def draw_curves(path: Path, parts: dict[str, list[Sample]]) -> None:
     figure.savefig(path, dpi=80)
 
 
-def soak(out: Path, minutes: float) -> list[str]:
-    """Runs both parts, writes soak.png and soak.json into ``out``; gives what grew."""
+PARTS = {"training": train_command, "video": video_command}
+
+
+def soak(out: Path, minutes: float, names: Sequence[str] = tuple(PARTS)) -> list[str]:
+    """Runs these parts, one after another, and writes soak.png and soak.json into ``out``; gives what grew."""
     out.mkdir(parents=True, exist_ok=True)
     parts: dict[str, list[Sample]] = {}
     found = []
-    for name, make in (("training", train_command), ("video", video_command)):
+    for name in names:
+        make = PARTS[name]
         with tempfile.TemporaryDirectory(prefix="litedet-soak-") as folder:
             command, ready = make(Path(folder))
             parts[name] = watch(command, out / f"{name}.log", ready, minutes)
@@ -232,10 +237,11 @@ def soak(out: Path, minutes: float) -> list[str]:
 def main() -> int:
     """The command; gives the status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0, help="of each of the two parts (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of each part (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of soak.png, soak.json and the logs")
+    parser.add_argument("--part", choices=tuple(PARTS), help="this part alone (default: one after the other)")
     arguments = parser.parse_args()
-    found = soak(arguments.out, arguments.minutes)
+    found = soak(arguments.out, arguments.minutes, [arguments.part] if arguments.part else list(PARTS))
     for text in found:
         print(f"error: grew: {text}", file=sys.stderr)
     return 1 if found else 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_cuda import needs_indexing
 from test_litedet import NAMES, SMALL, small_litedet
 from test_model import training_batch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -117,6 +118,7 @@ def test_the_teacher_stays_as_it_is_and_is_not_trained(tmp_path: Path) -> None:
         assert torch.equal(value, before[name]), name
 
 
+@needs_indexing
 def test_a_step_with_a_teacher_makes_no_round_trip() -> None:
     with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"):
         config = SMALL.replaced(input_size=(128, 128))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from backbones.errors import UserError
-from detection.checks.sheets import Assigned, describe_assignment, positives_of_objects
+from detection.checks.sheets import _COLOURS, _MISSED, Assigned, describe_assignment, positives_of_objects
 from detection.cli.inspect import main
 from detection.cli.recipes import load_config, read_recipe
 from detection.data.coco import CocoIndex
@@ -108,3 +108,8 @@ def test_a_checkpoint_of_a_run_says_what_it_was_trained_on(drawn: list[str], tmp
     assert stop.value.code == 2
     with pytest.raises(UserError, match=r"gone on with from its last\.pt"):  # a training needs more than that
         load_config([str(tmp_path / "best.pt")], "", DetectionConfig, DetectionConfig.from_plain)
+
+
+def test_no_object_with_anchors_has_the_colour_of_one_without() -> None:
+    assert len(_COLOURS) >= 20
+    assert all(max(abs(a - b) for a, b in zip(colour, _MISSED, strict=True)) > 60 for colour in _COLOURS)

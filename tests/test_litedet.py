@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fake_cuda import needs_indexing
 from test_model import training_batch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -222,6 +223,7 @@ def small_step(num_classes: int = 3, one_to_one: bool = False) -> TrainingStep:
     return TrainingStep(model, LiteDetLossConfig().build(model))
 
 
+@needs_indexing
 @pytest.mark.parametrize(("num_objects", "one_to_one"), [(0, False), (5, False), (5, True)])
 def test_a_step_on_fake_cuda_makes_no_round_trip(num_objects: int, one_to_one: bool) -> None:
     # Under FakeTensorMode nonzero(), .item() and a tensor left on the host raise; no GPU is needed.

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fake_cuda import needs_indexing
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -144,6 +145,7 @@ def small_step(classification: str = "cross_entropy", freeze: bool = False) -> T
     return TrainingStep(model, SSDLossConfig(classification=classification, matcher=MatcherConfig()).build(model))  # type: ignore[arg-type]
 
 
+@needs_indexing
 @pytest.mark.parametrize("classification", ["cross_entropy", "focal"])
 @pytest.mark.parametrize("num_objects", [0, 5])
 def test_a_step_on_fake_cuda_makes_no_round_trip(classification: str, num_objects: int) -> None:

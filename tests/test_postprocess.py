@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from fake_cuda import needs_indexing
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -228,6 +229,7 @@ class CountOperators(TorchDispatchMode):
         return out
 
 
+@needs_indexing
 @pytest.mark.filterwarnings("ignore:`create_unbacked_symint`:FutureWarning")  # torchvision's
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_host_waits_do_not_grow_with_the_batch(batch_size: int) -> None:

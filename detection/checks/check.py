@@ -178,9 +178,9 @@ def check_splits(splits: list[Split], *, pixels: bool = True, workers: int | Non
 def _look(split: Split, pixels: bool, workers: int | None) -> FileTable:
     if split.image_dir is None:
         return FileTable.empty(len(split))
-    # A name that leads out of the folder is not followed: an empty one is missing, which nobody is told of.
-    paths = ["" if leads_outside(name) else str(split.image_dir / name) for name in split.file_names]
     if pixels or (split.form != "coco" and not split.sizes.all()):
+        # A name that leads out of the folder is not followed: an empty one is missing, which nobody is told of.
+        paths = ["" if leads_outside(name) else str(split.image_dir / name) for name in split.file_names]
         return look_at_files(paths, pixels=pixels, workers=workers)
     table = FileTable.empty(len(split))
     missing = set(missing_files([name for name in split.file_names if not leads_outside(name)], split.image_dir))

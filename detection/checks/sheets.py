@@ -29,7 +29,11 @@ from detection.training.ssd_loss import SSDLoss
 _CELL = 640  # longer side of an image in a sheet, in pixels
 _MISSED = (255, 40, 40)  # RGB of an object that no anchor answers for
 _NEGATIVE = (160, 160, 160)
-_COLOURS = [colour.as_rgb() for colour in sv.ColorPalette.DEFAULT.colors]
+_COLOURS = [  # of the objects that have anchors, without the palette's own red
+    colour.as_rgb()
+    for colour in sv.ColorPalette.DEFAULT.colors
+    if np.abs(np.subtract(colour.as_rgb(), _MISSED)).max() > 60
+]
 
 
 @dataclass(slots=True, kw_only=True)

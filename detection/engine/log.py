@@ -46,7 +46,7 @@ class Reading:
         num_images: images of all processes.
         seconds: how long the window took.
         wait_seconds: how much of it this process waited for data.
-        gradient_norm: mean L2 norm before clipping over the window's steps; None where gradients are not clipped.
+        gradient_norm: mean L2 norm before clipping over the window's steps; None in fp16 without clipping.
     """
 
     losses: dict[str, float]

@@ -75,7 +75,9 @@ class LrRange:
             axes.plot(self.rates, self.smoothed, label="smoothed")
             axes.axvline(self.suggestion, color="#d9480f", linestyle="--", label=f"suggestion {self.suggestion:.2g}")
             axes.set(xscale="log", xlabel="train.optim.lr", ylabel="loss")
-            axes.set_ylim(0.9 * min(self.smoothed), 1.1 * min(max(self.smoothed), 2.5 * self.smoothed[0]))
+            axes.set_ylim(
+                0.9 * min(*self.smoothed, *self.losses), 1.1 * min(max(self.smoothed), 2.5 * self.smoothed[0])
+            )
             axes.legend()
             axes.grid(alpha=0.3)
 

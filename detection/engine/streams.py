@@ -6,7 +6,7 @@ import os
 import select
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 STATUS = 141
 """Exit status, 128 and the number of SIGPIPE, as shells have it for a program that the signal ended."""
@@ -53,7 +53,13 @@ def quiet_without_reader() -> Iterator[None]:
         raise SystemExit(STATUS) from error
 
 
-class LineHandler(logging.StreamHandler[TextIO]):
+if TYPE_CHECKING:
+    _Handler = logging.StreamHandler[TextIO]
+else:  # Python 3.10 has no such subscript
+    _Handler = logging.StreamHandler
+
+
+class LineHandler(_Handler):
     """Log lines on a stream. Without a reader they are dropped and the work goes on; ``logging`` prints a traceback for each."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name

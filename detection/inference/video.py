@@ -428,8 +428,10 @@ def _capture(source: str) -> cv2.VideoCapture:
 def _quiet_opencv() -> Iterator[None]:
     """Keeps OpenCV and FFmpeg from writing pages to stderr about a file that does not open: the error raised says it."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    before = cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    # OpenCV 5 has it in a module of its own. Both give the level before.
+    set_level = cv2.setLogLevel if hasattr(cv2, "setLogLevel") else cv2.utils.logging.setLogLevel
+    before = set_level(0)  # silent
     try:
         yield
     finally:
-        cv2.utils.logging.setLogLevel(before)
+        set_level(before)

@@ -190,7 +190,7 @@ class DetectionTask:
                 images, batch.boxes[shown].cpu(), batch.labels[shown].cpu(), batch.valid[shown].cpu(), strict=True
             )
         ]
-        writer.add_image("training/targets", image_grid(targets), step, dataformats="HWC")
+        writer.add_image("training/targets", image_grid(targets, columns=4), step, dataformats="HWC")
         with torch.inference_mode():
             raw = model(batch.images[shown])
         # The image is the network's input itself: it lies where it is.
@@ -199,7 +199,7 @@ class DetectionTask:
         sizes = torch.tensor([[height, width]]).expand(len(images), 2)
         found = [d.above(_SHOWN_SCORE) for d in self.postprocess(raw, placements, sizes)]
         drawn = [draw_detections(np.ascontiguousarray(image), d) for image, d in zip(images, found, strict=True)]
-        writer.add_image("training/predictions", image_grid(drawn), step, dataformats="HWC")
+        writer.add_image("training/predictions", image_grid(drawn, columns=4), step, dataformats="HWC")
 
     def _log_validation(self, writer: SummaryWriter, step: int, model: nn.Module) -> None:
         if self._shown is None:
