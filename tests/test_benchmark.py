@@ -1,5 +1,6 @@
 """The benchmark: its peer is the same network, its counts are right, its parts run. Run: pytest tests/test_benchmark.py"""
 
+import importlib
 import json
 import math
 import multiprocessing
@@ -281,6 +282,52 @@ def test_sides_in_processes_of_their_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert not multiprocessing.active_children()
     with pytest.raises(RuntimeError, match="side 'c' has ended"), run_apart({"c": Side(apart_sides.fail, ())}) as calls:
         calls["c"]()  # and does not wait for ever
+
+
+@pytest.mark.parametrize("side", ["own", "peer"])
+def test_a_step_of_each_side_trains_the_whole_network(
+    side: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = draw_detection_set(tmp_path, num_train=2, num_val=1, size=(96, 96))
+    index = CocoIndex.read(images.train_annotations, cache=False)
+    dataset = DetectionDataset(index, images.train_images, EvalTransform((96, 96)))
+    batch = next(iter(build_loader(dataset, batch_size=2)))
+    batch.labels %= 2
+    model = SSDLite(SSDLiteConfig(input_size=(96, 96)), 2)
+    info = DetectorInfo(
+        model=model.config, postprocess=PostprocessConfig(), class_names=("a", "b"), category_ids=(1, 2)
+    )
+    arguments = (info, model.state_dict(), batch, torch.get_num_threads())
+    train = importlib.import_module("detection.benchmark.stages.train")  # the package has a function of that name
+    built: list[nn.Module] = []
+
+    def keeping(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        return lambda *given: built.append(build(*given)) or built[-1]
+
+    monkeypatch.setattr(train, "build_detector", keeping(train.build_detector))
+    monkeypatch.setattr(train, "build_peer", keeping(train.build_peer))
+    steps = train.own_step(*arguments) if side == "own" else train.peer_step(*arguments, torch.contiguous_format)
+    with steps as run:
+        before = {name: tensor.clone() for name, tensor in built[0].named_parameters() if tensor.requires_grad}
+        run()
+        after = dict(built[0].named_parameters())
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert len(moved) > len(before) / 2  # maps whose anchors have no object learn no boxes
+        assert {name.split(".")[0] for name in moved} >= {"backbone", "head"}
+
+
+def test_costs_by_size(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    cv2.imwrite(str(images / "a.jpg"), np.zeros((480, 640, 3), np.uint8))
+    (cost,) = scale.measure_scale(tmp_path, images, [64], samples=32)
+    assert cost.images == 64
+    assert json.loads((tmp_path / "scale_64.json").read_text())["images"][0]["file_name"] == "a.jpg"
+    assert 0 < cost.annotation_bytes < 2000
+    assert min(cost.open_us, cost.sample_ms, cost.evaluator_bytes, cost.evaluation_us) > 0
+    (one, two, row) = scale.table([cost]).splitlines()
+    assert row.split()[0] == "64"
+    assert len(one) == len(two) == len(row)
 
 
 @pytest.mark.slow

@@ -1,12 +1,16 @@
 """LiteDet's loss against a slow loop that a person can read. Run: pytest tests/test_litedet_loss.py"""
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_task_aligned import ANCHORS, CODER, assign_slowly, drawn
 
+from detection.models.box_coders import SSDBoxCoder
+from detection.models.litedet import LiteDetConfig
 from detection.structures import RawPredictions, Target
 from detection.training.litedet_loss import LiteDetLoss, LiteDetLossConfig
 from detection.training.task_aligned import TaskAlignedConfig
@@ -83,6 +87,44 @@ def test_batch_equals_the_slow_loop(config: LiteDetLossConfig, num_objects: int)
         + config.distribution_weight * expected["loss_distribution"]
     )
     assert losses["loss"].item() == pytest.approx(total, rel=1e-4)
+
+
+def test_the_defaults_add_up_by_hand() -> None:
+    raw, target = drawn(6, seed=3)
+    losses = {name: value.item() for name, value in LiteDetLoss(LiteDetLossConfig(), CODER)(raw, target).items()}
+    total = losses["loss_class"] + 2 * losses["loss_box"] + 0.25 * losses["loss_distribution"]
+    assert losses["loss"] == pytest.approx(total, rel=1e-5)
+    assert (LiteDetLossConfig().focal_gamma, LiteDetLossConfig().one_to_one_weight) == (2.0, 1.0)
+
+
+def test_a_one_to_one_head_has_the_same_loss_with_one_anchor_for_each_object() -> None:
+    (first, target), (second, _) = drawn(6, seed=3), drawn(6, seed=4)
+    both = RawPredictions(*(torch.cat(parts, -2) for parts in zip(first, second, strict=True)))
+    config = LiteDetLossConfig(one_to_one_weight=0.5, assigner=TaskAlignedConfig(anchors_per_object=4))
+    losses = LiteDetLoss(config, CODER, one_to_one=True)(both, target)
+    many = LiteDetLoss(config, CODER)(first, target)
+    one = LiteDetLoss(replace(config, assigner=TaskAlignedConfig(anchors_per_object=1)), CODER)(second, target)
+    assert one["positives"] < many["positives"] == losses["positives"]
+    assert losses["loss_one_to_one"].item() == pytest.approx(0.5 * one["loss"].item(), rel=1e-6)
+    assert losses["loss"].item() == pytest.approx(many["loss"].item() + 0.5 * one["loss"].item(), rel=1e-6)
+    assert losses["loss_box"] == many["loss_box"]
+
+
+def test_what_it_trains() -> None:
+    config = LiteDetLossConfig()
+    config.check(LiteDetConfig())
+    assert config.fitted(LiteDetConfig()) == (config, "")
+    fits = {"kind": "drawn", "score": "sigmoid", "background_column": False, "box_coder": lambda: CODER}
+    config.check(SimpleNamespace(**fits))  # type: ignore[arg-type]
+    for other in ({"score": "softmax"}, {"background_column": True}, {"box_coder": SSDBoxCoder}):
+        with pytest.raises(ValueError, match="sigmoid scores and distributions, which a model of kind drawn does not"):
+            config.check(SimpleNamespace(**fits | other))  # type: ignore[arg-type]
+
+
+def test_weights_of_nothing_are_allowed() -> None:
+    LiteDetLossConfig(
+        classification_weight=0.0, box_weight=0.0, distribution_weight=0.0, one_to_one_weight=0.0, focal_gamma=1.0
+    ).validate()
 
 
 def test_what_is_right_costs_nothing() -> None:

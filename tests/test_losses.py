@@ -129,6 +129,14 @@ def test_by_hand() -> None:
     assert weighted(raw, target)["loss"].item() == pytest.approx(0.25 + 2 * math.log(3))
 
 
+def test_the_defaults_are_those_of_the_papers() -> None:
+    # SSD: three negatives for each positive, the parts added as they are, smooth L1 from 1. RetinaNet: alpha 0.25, gamma 2.
+    config = SSDLossConfig()
+    assert (config.negatives_per_positive, config.min_negatives, config.smooth_l1_beta) == (3.0, 3, 1.0)
+    assert (config.box_weight, config.classification_weight, config.label_smoothing) == (1.0, 1.0, 0.0)
+    assert (config.focal_alpha, config.focal_gamma) == (0.25, 2.0)
+
+
 def test_a_image_without_objects_teaches_background() -> None:
     anchors = torch.tensor([[0.0, 0, 10, 10], [10, 0, 20, 10], [20, 0, 30, 10], [30, 0, 40, 10]])
     logits = torch.zeros(1, 4, 2, requires_grad=True)
@@ -218,6 +226,7 @@ def test_half_precision_predictions_are_taken_in_float32() -> None:
     [
         (SSDLossConfig(), False, "cross_entropy needs a background column"),
         (SSDLossConfig(negatives_per_positive=-1), True, "must not be negative"),
+        (SSDLossConfig(min_negatives=-1), True, "must not be negative"),
         (SSDLossConfig(label_smoothing=1.0), True, r"label_smoothing must be in \[0, 1\), got 1.0"),
         (SSDLossConfig(classification="focal", label_smoothing=0.1), True, "belongs to cross_entropy"),
         (SSDLossConfig(smooth_l1_beta=0), True, "smooth_l1_beta must be positive"),

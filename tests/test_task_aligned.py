@@ -135,6 +135,77 @@ def test_an_object_between_the_points_gets_some(box: list[float]) -> None:
     assert not strict.positive.any()
 
 
+def test_closeness_and_inside_by_hand() -> None:
+    # Points (4, 4), (12, 4) of stride 8 and (16, 16) of stride 32. The object's centre is (8, 4), 8 wide and 2 high; at least two
+    # anchors of the finest map a side: 16 x 16, from (0, -4) to (16, 12).
+    anchors = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [0, 0, 32, 32]])
+    boxes = torch.tensor([[[4.0, 3, 12, 5]]])
+    inside, closeness = TaskAlignedAssigner(TaskAlignedConfig(), CODER)._places(boxes, anchors)
+    assert inside.tolist() == [[[True, True, False]]]
+    # The larger of both distances, 4, 4 and 12, in anchors of the finest map: 1 / (1 + 4 / 8) and 1 / (1 + 12 / 8).
+    assert closeness.flatten().tolist() == pytest.approx([2 / 3, 2 / 3, 0.4])
+    # On the edge is outside.
+    edge, _ = TaskAlignedAssigner(TaskAlignedConfig(least_side=0.0), CODER)._places(
+        torch.tensor([[[4.0, 0, 20, 8]]]), anchors
+    )
+    assert edge.tolist() == [[[False, True, False]]]
+
+
+def assigned(config: TaskAlignedConfig, boxes: Tensor, target: Target) -> Assignment:
+    """Every anchor predicts exactly the box that it is given, all with the same scores."""
+    boxes, logits = boxes.expand(1, len(ANCHORS), 4), torch.full((1, len(ANCHORS), 3), -2.0)
+    return TaskAlignedAssigner(config, CODER).assign(boxes, logits, target, ANCHORS)
+
+
+def test_between_equals_the_nearer_wins() -> None:
+    # Every anchor predicts a box that touches no object, with the same scores: the place alone decides.
+    far = torch.tensor([56.0, 56, 64, 64])
+    found = assigned(TaskAlignedConfig(anchors_per_object=1), far, one_image([[0.0, 0, 26, 26]], [0]))
+    assert owners(found, 0) == {1 * 8 + 1: 0}  # (12, 12) is the nearest to (13, 13)
+    assert float(found.quality[0, 9]) == pytest.approx(0.05)
+    # Both objects hold the points of the left top; (4, 4) is nearer to the centre of the second.
+    both = assigned(TaskAlignedConfig(), far, one_image([[0.0, 0, 16, 16], [0, 0, 9, 9]], [0, 0]))
+    assert owners(both, 0)[0] == 1
+    assert owners(both, 0)[1 * 8 + 1] == 0
+
+
+def test_an_overlap_below_the_least_counts_as_that() -> None:
+    # u is 0 for one anchor and 1 for the others: its share is (0.001 / 1)^beta, here 0.001.
+    box = torch.tensor([16.0, 16, 32, 32])
+    boxes = box.repeat(len(ANCHORS), 1)
+    boxes[2 * 8 + 2] = torch.tensor([50.0, 50, 60, 60])
+    config = TaskAlignedConfig(iou_power=1.0, score_power=0.0, least_quality=0.0)
+    found = assigned(config, boxes, one_image([box.tolist()], [0]))
+    assert float(found.quality[0, 2 * 8 + 3]) == pytest.approx(1)
+    assert float(found.quality[0, 2 * 8 + 2]) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_labels_begin_at_the_first_column() -> None:
+    box = [16.0, 16, 32, 32]
+    logits = torch.full((1, len(ANCHORS), 3), -2.0)
+    logits[0, 2 * 8 + 3, 2] = 2.0  # column 2 is label 1 where column 0 is the background
+    raw = predicting(torch.tensor(box), logits)
+    found = TaskAlignedAssigner(TaskAlignedConfig(anchors_per_object=1), CODER, first_column=1)(
+        raw, one_image([box], [1])
+    )
+    assert owners(found, 0) == {2 * 8 + 3: 0}
+    assert TaskAlignedAssigner(TaskAlignedConfig(), CODER).first_column == 0
+
+
+def test_the_defaults_are_those_of_the_paper() -> None:
+    # TOOD, section 4.1: alpha 1, beta 6, 13 anchors. The least side and quality are ours.
+    config = TaskAlignedConfig()
+    assert (config.score_power, config.iou_power, config.anchors_per_object) == (1.0, 6.0, 13)
+    assert (config.least_side, config.least_quality) == (2.0, 0.05)
+
+
+def test_choices_at_the_edge_of_sense() -> None:
+    TaskAlignedConfig(
+        anchors_per_object=1, score_power=0.0, iou_power=0.0, least_side=0.0, least_quality=0.0
+    ).validate()
+    TaskAlignedConfig(least_quality=1.0).validate()
+
+
 def test_an_object_covered_by_another_keeps_the_anchors_that_fit_it() -> None:
     # Points near the middle predict the inner object, all others the outer one.
     outer, inner = [4.0, 4, 60, 60], [24.0, 24, 40, 40]
@@ -160,6 +231,7 @@ def test_the_same_box_twice_goes_to_the_first() -> None:
     [
         (TaskAlignedConfig(anchors_per_object=0), "anchors_per_object must be at least 1, got 0"),
         (TaskAlignedConfig(iou_power=-1.0), "must not be negative, got 1.0 and -1.0"),
+        (TaskAlignedConfig(score_power=-1.0), "must not be negative, got -1.0 and 6.0"),
         (TaskAlignedConfig(least_side=-1.0), "least_side must not be negative"),
         (TaskAlignedConfig(least_quality=2.0), r"least_quality must be in \[0, 1\], got 2.0"),
     ],

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The gate, the same for a person and for CI: format, lint, types, import contract, tests. Options go to pytest:
 #   bash tools/run_tests.sh -m "not slow"
+#   bash tools/run_tests.sh --cov                                 and count what the tests run: 95 % of lines and branches at least
 #   bash tools/run_tests.sh -n 0 -x --pdb tests/test_boxes.py    in one process, for a debugger
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,7 +21,11 @@ step lint-imports
 
 # A whole run makes the environments of what goes without ours; one with options takes those that are there. LITEDET_LITERT=1 makes
 # those of LiteRT's converter and MediaPipe too, which takes pip some minutes and some GB.
-if [ $# -eq 0 ]; then
+whole=""
+if [ $# -eq 0 ] || [ "$*" = --cov ]; then
+    whole=1
+fi
+if [ -n "$whole" ]; then
     prepare_apart bundle-onnx without numpy opencv-python-headless onnxruntime
     prepare_apart bundle-litert without numpy opencv-python-headless ai-edge-litert
     if [ -n "${LITEDET_LITERT:-}" ]; then
@@ -40,6 +45,6 @@ print(min(cores, 4))')}"
 step pytest -q -n auto --dist loadfile --max-worker-restart 0 "$@"
 
 # What needs LiteRT's converter, in its environment.
-if [ $# -eq 0 ] && [ -e .venv-litert/installed ]; then
+if [ -n "$whole" ] && [ -e .venv-litert/installed ]; then
     step .venv-litert/bin/python -m pytest -q -n auto --dist loadfile --max-worker-restart 0 tests/test_litert.py tests/test_chain.py
 fi

@@ -1,0 +1,202 @@
+"""Mutation check: small faults put into the code one at a time, to see whether a test notices.
+
+    python tests/mutants.py                                    # every module of the table below
+    python tests/mutants.py detection.images.place --each 30   # 30 mutants of one module, drawn by a fixed seed
+
+A mutant swaps an operator, comparison, constant, condition, reduction or the branches of ``torch.where``. A forked process
+imports the module with it and runs the module's tests with ``-x``; torch is loaded once. What no test notices is printed, and the
+exit status is 1 if ``EQUIVALENT`` does not explain it.
+"""
+
+import argparse
+import ast
+import copy
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TESTS = {
+    "detection.boxes": ["boxes"],
+    "detection.images.place": ["place", "augment"],
+    "detection.models.anchors": ["anchors"],
+    "detection.models.box_coders": ["box_coder", "litedet_loss"],
+    "detection.postprocess": ["postprocess", "postprocess_reference"],
+    "detection.training.assignment": ["matcher", "losses"],
+    "detection.training.litedet_loss": ["litedet_loss"],
+    "detection.training.losses": ["losses", "litedet_loss"],
+    "detection.training.ssd_loss": ["losses"],
+    "detection.training.task_aligned": ["task_aligned"],
+}
+
+# Mutants that no test can or should notice: (module, what stood there, what stands there now) -> why.
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+
+_SWAPS: dict[type[ast.AST], type[ast.AST]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Div, ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+_NAMES = {
+    "max": "min",
+    "minimum": "maximum",
+    "amax": "amin",
+    "argmax": "argmin",
+    "any": "all",
+    "sum": "mean",
+    "floor": "ceil",
+}
+_NAMES |= {new: old for old, new in _NAMES.items()}
+
+
+def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.AST]]:
+    """(what stands there, what to put there) of every mutant. Annotations, texts and docstrings are left alone."""
+    skipped = set()
+    for node in ast.walk(tree):
+        for name in ("annotation", "returns", "decorator_list"):
+            value = getattr(node, name, None) or []
+            for one in value if isinstance(value, list) else [value]:
+                skipped.update(map(id, ast.walk(one)))
+        if isinstance(node, ast.Subscript) and id(node) in skipped:
+            skipped.update(map(id, ast.walk(node)))
+    for node in ast.walk(tree):
+        if id(node) not in skipped:
+            yield from ((node, new) for new in _mutants_of(node))
+
+
+def _mutants_of(node: ast.AST) -> Iterator[ast.AST]:
+    new = copy.copy(node)
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in _SWAPS:
+        new.ops = [_SWAPS[type(node.ops[0])](), *node.ops[1:]]
+        yield new
+    elif isinstance(node, ast.BinOp | ast.AugAssign | ast.BoolOp) and type(node.op) in _SWAPS:
+        new.op = _SWAPS[type(node.op)]()
+        yield new
+    elif isinstance(node, ast.UnaryOp):
+        yield node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        yield ast.Constant(node.value + 1 if node.value == int(node.value) else node.value * 1.25)
+    elif isinstance(node, ast.If | ast.IfExp):
+        new.test = ast.UnaryOp(ast.Not(), node.test)
+        yield new
+    elif isinstance(node, ast.Attribute) and node.attr in _NAMES:
+        new.attr = _NAMES[node.attr]
+        yield new
+    elif isinstance(node, ast.Name) and node.id in ("min", "max"):
+        yield ast.Name(_NAMES[node.id], node.ctx)
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "where":
+        new.args = [node.args[0], node.args[2], node.args[1]]
+        yield new
+
+
+class _Replace(ast.NodeTransformer):
+    def __init__(self, old: ast.AST, new: ast.AST) -> None:
+        self.old, self.new = old, new
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if node is self.old:
+            return ast.copy_location(self.new, node)
+        self.generic_visit(node)
+        return node
+
+
+class _Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a tree."""
+
+    def __init__(self, module: str, tree: ast.Module, path: Path) -> None:
+        self.module, self.tree, self.path = module, tree, path
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        if name != self.module:
+            return None
+        return importlib.util.spec_from_file_location(name, self.path, loader=self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(compile(self.tree, str(self.path), "exec"), module.__dict__)
+
+
+def passes(module: str, tree: ast.Module, path: Path, limit: float) -> bool:
+    """Whether the module's tests pass, in a process of their own; a mutant that takes longer than ``limit`` seconds does not."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            silent = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silent, 1)
+            os.dup2(silent, 2)
+            sys.meta_path.insert(0, _Mutated(module, tree, path))
+            import pytest
+
+            files = [str(ROOT / "tests" / f"test_{name}.py") for name in TESTS[module]]
+            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files]))
+        finally:
+            os._exit(status)
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status == 0
+        time.sleep(0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return False
+
+
+def check(module: str, each: int | None, at_most: float) -> tuple[int, int]:
+    """Prints what no test noticed -> (mutants run, those that nothing explains)."""
+    path = ROOT / f"{module.replace('.', '/')}.py"
+    source = path.read_text()
+    start = time.monotonic()
+    if not passes(module, ast.parse(source), path, 900):
+        sys.exit(f"{module}: the tests fail without a mutant")
+    limit = 20 + 5 * (time.monotonic() - start)
+    count = sum(1 for _ in mutations(ast.parse(source)))
+    numbers = random.Random(module).sample(range(count), min(each or count, count))
+    run = unexplained = 0
+    for number in numbers:
+        if time.monotonic() - start > at_most:
+            break
+        tree = ast.parse(source)
+        old, new = list(mutations(tree))[number]
+        line, before, after = old.lineno, *(ast.unparse(node).splitlines()[0] for node in (old, new))  # type: ignore[attr-defined]
+        tree = ast.fix_missing_locations(_Replace(old, new).visit(tree))
+        run += 1
+        if passes(module, tree, path, limit):
+            why = EQUIVALENT.get((module, before, after), "")
+            unexplained += not why
+            print(f"{path.relative_to(ROOT)}:{line}: {before}  ->  {after}    {why or 'NOT NOTICED'}", flush=True)
+    print(f"{module}: {run} of {count} mutants, {unexplained} not noticed and not explained", flush=True)
+    return run, unexplained
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", help=f"of {', '.join(TESTS)}; all of them if none is named")
+    parser.add_argument("--each", type=int, help="mutants of each module, drawn by a fixed seed; without it all")
+    parser.add_argument("--minutes", type=float, default=600.0, help="for each module at most")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.modules) - TESTS.keys()):
+        parser.error(f"no tests are named for {', '.join(unknown)}")
+    os.chdir(ROOT)
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    import cv2  # noqa: F401  # shared by the processes
+    import torchvision  # noqa: F401
+
+    results = [check(module, args.each, 60 * args.minutes) for module in args.modules or TESTS]
+    sys.exit(1 if any(unexplained for _, unexplained in results) else 0)
+
+
+if __name__ == "__main__":
+    main()
