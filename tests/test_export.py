@@ -53,7 +53,6 @@ from detection.weights.native import save_detector
 PACKAGES: dict[Format, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("onnx", "onnxscript", "openvino"),
-    "litert": ("litert_torch", "ai_edge_litert", "ai_edge_quantizer"),
     "torch": (),
     "executorch": ("executorch", "torchao"),
     "ncnn": ("ncnn", "pnnx"),
@@ -410,7 +409,7 @@ def test_enough_reaches_the_export(scene: Path, capsys: pytest.CaptureFixture[st
     assert "--enough and --max-drop must not be negative, got -0.5 and 0.05" in capsys.readouterr().err
 
 
-# --- with the packages
+# --- with the packages; those of LiteRT are in an environment of their own: test_litert.py
 
 
 @pytest.mark.slow
@@ -421,7 +420,6 @@ def test_enough_reaches_the_export(scene: Path, capsys: pytest.CaptureFixture[st
         ("onnx", True),
         ("onnx", False),
         ("openvino", False),
-        ("litert", True),
         ("executorch", True),
         ("ncnn", True),
     ],
@@ -449,7 +447,7 @@ def test_a_file_says_what_torch_says(scene: Path, to: Format, raw: bool) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["torch", "onnx", "openvino", "litert", "executorch", "ncnn"])
+@pytest.mark.parametrize("to", ["torch", "onnx", "openvino", "executorch", "ncnn"])
 def test_channels_last_images_are_not_misread(scene: Path, to: Format) -> None:
     needs(to)
     runner = load_detector(made(scene, to, to != "openvino").path).runner
