@@ -48,10 +48,12 @@ cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 print(min(cores, 4))')}"
 step pytest -q -n auto --dist loadfile --max-worker-restart 0 "$@"
 
-# What needs LiteRT's converter, in its environment.
+# What needs LiteRT's converter, in its environment. Plugins that packages bring along for pytest stay out: anyio's, older there,
+# warns as it loads, and warnings are errors.
 if [ -n "$litert" ]; then
     wait "$installing" || true # it says itself what could not be made
     cat "$said"
     [ ! -e .venv-litert/installed ] ||
-        step .venv-litert/bin/python -m pytest -q -n auto --dist loadfile --max-worker-restart 0 tests/test_litert.py tests/test_chain.py
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 step .venv-litert/bin/python -m pytest -q -p xdist -n auto --dist loadfile \
+            --max-worker-restart 0 tests/test_litert.py tests/test_chain.py
 fi
