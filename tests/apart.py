@@ -22,7 +22,7 @@ LITERT_MARKS = [
     pytest.mark.slow,
     pytest.mark.skipif(
         bool(_MISSING),
-        reason=f"needs {', '.join(_MISSING)} (litedet[litert]); LITEDET_LITERT=1 bash tools/run_tests.sh runs it",
+        reason=f"needs {', '.join(_MISSING)} (litedet[litert]); bash tools/run_tests.sh runs it in .venv-litert",
     ),
     # Of the converter and what it brings; they are not ours to mend.
     pytest.mark.filterwarnings("ignore"),

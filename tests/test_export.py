@@ -6,8 +6,10 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,13 +20,16 @@ from test_predictor import small_detector
 
 from backbones.errors import UserError
 from detection import load_detector
+from detection.cli.export import main
 from detection.export import onnx as onnx_export
+from detection.export import run as run_module
 from detection.export import torch_program
 from detection.export.bundle import write_bundle
 from detection.export.calibration import spread
 from detection.export.litert_metadata import associated_files, metadata
-from detection.export.module import Tail
-from detection.export.run import ExportJob, ExportResult, export
+from detection.export.module import Network, Tail
+from detection.export.options import ExportOptions, Record, Variant
+from detection.export.run import ExportJob, ExportResult, export, signed
 from detection.export.verification import BOUNDS, Difference, compare
 from detection.inference import predictor as predictor_module
 from detection.inference.exported import (
@@ -48,7 +53,6 @@ from detection.weights.native import save_detector
 PACKAGES: dict[Format, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "openvino": ("onnx", "onnxscript", "openvino"),
-    "litert": ("litert_torch", "ai_edge_litert", "ai_edge_quantizer"),
     "torch": (),
     "executorch": ("executorch", "torchao"),
     "ncnn": ("ncnn", "pnnx"),
@@ -221,6 +225,7 @@ def test_images_are_taken_at_even_distances() -> None:
         ({"compiled": True}, "--compiled is for --to torch"),
         ({"keep_float": ("3",)}, "--keep-float is for --int8"),
         ({"max_detections": 0}, "must be at least 1"),
+        ({"max_drop": -0.1}, "--enough and --max-drop must not be negative, got 0.002 and -0.1"),
         ({"int8": True, "calibration": Path("i"), "annotations": Path("a")}, "and --images are the same folder"),
         ({"int8": True, "calibration": Path("k"), "labelled": Path("k")}, "and --labelled are the same folder"),
     ],
@@ -272,8 +277,6 @@ def test_a_file_that_does_not_match_gets_no_name(scene: Path, monkeypatch: pytes
             shapes = ({0: torch.export.Dim("batch")},)
             ProgramFile(torch.export.export(RawHeads(other), (images,), dynamic_shapes=shapes)).write(path, record)
 
-    from detection.export.options import Variant
-
     monkeypatch.setattr(torch_program, "variants", lambda *_: iter([Variant(name="", make=Wrong)]))
     out = scene / "wrong.pt2"
     before = sorted(path.name for path in scene.iterdir())
@@ -284,7 +287,129 @@ def test_a_file_that_does_not_match_gets_no_name(scene: Path, monkeypatch: pytes
     assert sorted(path.name for path in scene.iterdir()) == before
 
 
-# --- with the packages
+# --- the search for a variant, and what is said of it
+
+
+class Scripted:
+    """A subject (see ``Subject``) whose files have known figures: variant -> (AP, milliseconds, found of ten)."""
+
+    figure_name = "AP"
+    figure_torch: float | None = 0.5
+    network: Any = None
+    postprocess = PostprocessConfig()
+
+    def __init__(self, files: dict[str, tuple[float | None, float, int]]) -> None:
+        self.files = files
+        self.record = ExportRecord(format="onnx", outputs="detections", precision="int8", info=small_detector()[1])
+        self.record.measured.num_images = 7
+
+    def inputs(self, files: Sequence[Path]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return np.zeros((len(files), 3, 96, 128), np.uint8)
+
+    def run(self, path: Path) -> tuple[Difference, float | None, float]:
+        figure, milliseconds, found = self.files[path.read_text()]
+        same = Difference(num_images=2, codes=None, class_logits=None, box=1.0, score=0.1, sure=10, found=found)
+        return same, figure, milliseconds
+
+    def check(self, path: Path) -> None:
+        assert path.read_text() in self.files
+
+    def measured(self, figure: float | None, milliseconds: float | None) -> ExportRecord:
+        return replace(self.record, measured=replace(self.record.measured, ap=figure, milliseconds=milliseconds))
+
+
+class Named:
+    """A file that holds the name of its variant."""
+
+    def write(self, path: Path, record: Record) -> None:
+        path.write_text(record.variant)
+
+
+def search(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, subject: Scripted, **options: Any
+) -> tuple[list[str], str, str]:
+    """Exports it; the variants that were run, the one that was kept, and what was said."""
+    variants = [Variant(name=name, make=Named) for name in subject.files]
+    monkeypatch.setattr(onnx_export, "variants", lambda *_: iter(variants))
+    monkeypatch.setattr(run_module, "open_subject", lambda *_: subject)
+    for name in ("images", "calibration"):
+        (folder / name).mkdir(exist_ok=True)
+        cv2.imwrite(str(folder / name / "a.png"), np.zeros((8, 8, 3), np.uint8))
+    given: dict[str, Any] = {"int8": True, "calibration": folder / "calibration", **options}
+    said: list[str] = []
+    job = ExportJob(checkpoint="d", to="onnx", out=folder / "d.onnx", images=folder / "images", **given)
+    result = export(job, said.append)
+    assert job.out.read_text() == result.chosen.name == result.record.variant
+    assert result.record.measured.ap == result.chosen.figure
+    return [one.name for one in result.tried], result.chosen.name, "\n".join(said)
+
+
+def test_the_first_variant_that_loses_little_ends_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = Scripted({"a": (0.492, 7.0, 10), "b": (0.4985, 7.1, 10), "c": (0.5, 20.0, 10), "d": (0.45, 7.0, 10)})
+    assert search(tmp_path, monkeypatch, subject)[:2] == (["a", "b"], "b")  # 0.0015 < 0.002
+    assert search(tmp_path, monkeypatch, subject, enough=0.01)[:2] == (["a"], "a")
+    assert search(tmp_path, monkeypatch, subject, enough=0.001)[:2] == (["a", "b", "c"], "c")
+    assert search(tmp_path, monkeypatch, subject, enough=0)[:2] == (["a", "b", "c", "d"], "c")
+    assert search(tmp_path, monkeypatch, subject, all_variants=True)[:2] == (["a", "b", "c", "d"], "c")
+    # Of figures within 0.001 the quicker file is better, whichever comes first.
+    near = Scripted({"a": (0.4960, 20.0, 10), "b": (0.4955, 7.0, 10), "c": (0.4959, 8.0, 10)})
+    assert search(tmp_path, monkeypatch, near)[:2] == (["a", "b", "c"], "b")
+    # Without AP: the first that finds all that torch is sure of.
+    unmeasured = Scripted({"a": (None, 7.0, 9), "b": (None, 20.0, 10), "c": (None, 7.0, 10)})
+    unmeasured.figure_torch = None
+    assert search(tmp_path, monkeypatch, unmeasured)[:2] == (["a", "b"], "b")
+
+
+def test_a_much_quicker_variant_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"a": (0.493, 7.0, 10), "b": (0.495, 7.5, 10), "broken": (0.499, 1.0, 7), "c": (0.5, 20.0, 10)}
+    tried, chosen, said = search(tmp_path, monkeypatch, Scripted(files))
+    assert (tried, chosen) == (["a", "b", "broken", "c"], "c")
+    assert "it finds 7 of the 10 objects" in said
+    (hint,) = [line for line in said.splitlines() if line.startswith("quicker")]
+    assert hint.startswith("quicker, for a larger drop: b; AP 0.4950 (drop +0.0050); 0.00 MB; 7.5 ms; ")
+    assert hint.endswith("--enough takes the first variant that loses less than it says (now 0.002)")
+    # What it advises gives that file.
+    assert search(tmp_path, monkeypatch, Scripted(files), enough=0.006)[1] == "b"
+    # Two thirds of the time are not much quicker, and without AP nothing is known of a drop.
+    slower = {"a": (0.493, 14.0, 10), "c": (0.5, 20.0, 10)}
+    assert "quicker, for" not in search(tmp_path, monkeypatch, Scripted(slower))[2]
+    unmeasured = Scripted({"a": (None, 7.0, 9), "b": (None, 20.0, 10)})
+    unmeasured.figure_torch = None
+    assert "quicker, for" not in search(tmp_path, monkeypatch, unmeasured)[2]
+
+
+def test_onnx_tries_quick_variants_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NNCF's leaves more than half of the convolutions in floating point: the benchmark takes the first, the search the order."""
+    monkeypatch.setattr(onnx_export, "network_onnx", lambda network: b"")
+    monkeypatch.setattr(onnx_export, "_prepared", lambda raw: raw)
+    options = ExportOptions(
+        raw=True, int8=True, postprocess=PostprocessConfig(), calibration=np.zeros((1, 3, 4, 4), np.uint8)
+    )
+
+    def names() -> list[str]:
+        network = Network(module=torch.nn.Identity(), input_size=(4, 4), outputs=("codes", "class_logits"))
+        return [variant.name.partition(",")[0] for variant in onnx_export.variants(network, options)]
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    assert names() == ["min-max", "min-max", "NNCF", "percentile 99.999", "min-max"]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert names() == ["min-max", "min-max", "percentile 99.999", "min-max"]
+
+
+def test_a_drop_has_a_sign_where_it_is_one() -> None:
+    drops = {0.0123: "+0.0123", -0.0015: "-0.0015", 0.0: "0.0000", -0.00004: "0.0000", 0.00004: "0.0000"}
+    assert {drop: signed(drop) for drop in drops} == drops
+    assert (signed(0.00005), signed(-0.00006)) == ("+0.0001", "-0.0001")
+
+
+def test_enough_reaches_the_export(scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(scene / "d.safetensors"), "--to", "onnx", "--images", str(scene / "images")]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--out", str(scene / "e.onnx"), "--enough", "-0.5"])
+    assert "--enough and --max-drop must not be negative, got -0.5 and 0.05" in capsys.readouterr().err
+
+
+# --- with the packages; those of LiteRT are in an environment of their own: test_litert.py
 
 
 @pytest.mark.slow
@@ -295,7 +420,6 @@ def test_a_file_that_does_not_match_gets_no_name(scene: Path, monkeypatch: pytes
         ("onnx", True),
         ("onnx", False),
         ("openvino", False),
-        ("litert", True),
         ("executorch", True),
         ("ncnn", True),
     ],
@@ -323,7 +447,7 @@ def test_a_file_says_what_torch_says(scene: Path, to: Format, raw: bool) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["torch", "onnx", "openvino", "litert", "executorch", "ncnn"])
+@pytest.mark.parametrize("to", ["torch", "onnx", "openvino", "executorch", "ncnn"])
 def test_channels_last_images_are_not_misread(scene: Path, to: Format) -> None:
     needs(to)
     runner = load_detector(made(scene, to, to != "openvino").path).runner

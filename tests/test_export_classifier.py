@@ -91,7 +91,7 @@ def test_torch_and_what_is_refused(scene: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("to", "name"),
-    [("onnx", "c.onnx"), ("openvino", "c.xml"), ("litert", "c.tflite"), ("executorch", "c.pte"), ("ncnn", "n.param")],
+    [("onnx", "c.onnx"), ("openvino", "c.xml"), ("executorch", "c.pte"), ("ncnn", "n.param")],
 )
 def test_other_formats(scene: Path, to: Format, name: str) -> None:
     needs(to)

@@ -1,7 +1,7 @@
 """LiteRT files: conversion, eight bits, and what those who read them expect.
 
 The converter wants older packages than ours: these tests run in an environment of its own, .venv-litert, which
-``LITEDET_LITERT=1 bash tools/run_tests.sh`` makes and runs them in. Elsewhere they are skipped.
+``bash tools/run_tests.sh`` makes and runs them in. Elsewhere they are skipped.
 """
 
 import io
@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 from apart import LITERT_MARKS, run_apart
+from test_export_classifier import check as check_classifier
+from test_export_classifier import job_of as classifier_job
+from test_export_classifier import scene  # noqa: F401  a fixture
 from test_litedet import small_litedet
 from test_predictor import small_detector
 
@@ -94,13 +97,27 @@ def test_raw_heads_of_a_detector_with_another_box_coder(tmp_path: Path, images: 
 
 
 def test_eight_bits(made: ExportResult, checkpoint: Path, images: Path, tmp_path: Path) -> None:
-    result = exported(checkpoint, images, tmp_path / "int8.tflite", int8=True, calibration=images, num_calibration=4)
-    assert result.record.precision == "int8"
+    options = {"int8": True, "calibration": images, "keep_float": ("model.backbone.stem.conv",)}
+    result = exported(checkpoint, images, tmp_path / "int8.tflite", **options)
+    assert open_exported(result.path).record.precision == "int8"
+    assert result.record.kept_float == ("model.backbone.stem.conv",)
     assert result.record.variant
     assert result.chosen.size < 0.45 * made.chosen.size
     assert result.chosen.difference.found >= 0.8 * result.chosen.difference.sure > 0
-    (given,) = interpreter(result.path).get_input_details()
+    model = interpreter(result.path)
+    (given,) = model.get_input_details()
     assert given["dtype"] is np.uint8  # MediaPipe refuses signed inputs
+    weights = [
+        one for one in model.get_tensor_details() if len(one["shape"]) == 4 and one["shape"][1:3].tolist() == [3, 3]
+    ]
+    kinds = {bool(one["shape"][3] == 3): set[str]() for one in weights}
+    for one in weights:
+        kinds[bool(one["shape"][3] == 3)].add(one["dtype"].__name__)
+    assert kinds == {True: {"float32"}, False: {"int8"}}  # the stem's, and those of the depthwise convolutions
+
+
+def test_a_classifier(scene: Path) -> None:  # noqa: F811
+    check_classifier(scene, export(classifier_job(scene, "litert", "c.tflite"), say=lambda line: None))
 
 
 # --- what video recorders and the Task library expect
