@@ -23,7 +23,7 @@ from backbones.weights import tflite
 from detection.checks.folders import read_voc, read_yolo
 from detection.cli import video
 from detection.data import coco
-from detection.engine.loop import TrainConfig
+from detection.engine.config import TrainConfig
 from detection.engine.lr_range import find_lr
 from detection.engine.runtime import Runtime
 from detection.engine.sync_norm import SyncBatchNorm, synchronise_norms

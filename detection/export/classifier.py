@@ -36,7 +36,7 @@ from detection.export.subjects import layout_of, versions
 from detection.export.verification import Bounds, milliseconds, processor_name
 from detection.images.decode import UnreadableImageError, read_image
 from detection.inference.exported import Precision
-from detection.inference.runners import fold_norms
+from detection.models.folding import fold_norms
 from detection.postprocess import PostprocessConfig
 
 if TYPE_CHECKING:
