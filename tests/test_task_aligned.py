@@ -136,8 +136,8 @@ def test_an_object_between_the_points_gets_some(box: list[float]) -> None:
 
 
 def test_closeness_and_inside_by_hand() -> None:
-    # Points (12, 4), (20, 4) of stride 8 and (24, 16) of stride 32. The object's centre is (16, 4), 8 wide and 2 high; at least two
-    # anchors of the finest map a side: 16 x 16, from (8, -4) to (24, 12).
+    # Points (12, 4), (20, 4) of stride 8 and (24, 16) of stride 32. The object's centre is (16, 4), 8 wide and 2 high; at least
+    # two anchors of the finest map a side: 16 x 16, from (8, -4) to (24, 12).
     anchors = torch.tensor([[8.0, 0, 16, 8], [16, 0, 24, 8], [8, 0, 40, 32]])
     boxes = torch.tensor([[[12.0, 3, 20, 5]]])
     inside, closeness = TaskAlignedAssigner(TaskAlignedConfig(), CODER)._places(boxes, anchors)
