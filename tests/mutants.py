@@ -67,8 +67,6 @@ def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.AST]]:
             value = getattr(node, name, None) or []
             for one in value if isinstance(value, list) else [value]:
                 skipped.update(map(id, ast.walk(one)))
-        if isinstance(node, ast.Subscript) and id(node) in skipped:
-            skipped.update(map(id, ast.walk(node)))
     for node in ast.walk(tree):
         if id(node) not in skipped:
             yield from ((node, new) for new in _mutants_of(node))
