@@ -63,6 +63,8 @@ def mutations(tree: ast.Module) -> Iterator[tuple[ast.AST, ast.AST]]:
     """(what stands there, what to put there) of every mutant. Annotations, texts and docstrings are left alone."""
     skipped = set()
     for node in ast.walk(tree):
+        if isinstance(node, ast.keyword) and node.arg == "strict":  # of zip: guards against what does not happen
+            skipped.update(map(id, ast.walk(node)))
         for name in ("annotation", "returns", "decorator_list"):
             value = getattr(node, name, None) or []
             for one in value if isinstance(value, list) else [value]:
