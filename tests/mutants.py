@@ -40,6 +40,12 @@ TESTS = {
 
 # Mutants that no test can notice: (module, the line, what stood there, what stands there now) -> why.
 EQUIVALENT = {
+    (
+        "detection.training.assignment",
+        "bid, anchor = iou.masked_fill(claimed[:, None], -1.0).max(2)  # [B, M]",
+        "1.0",
+        "2.0",
+    ): "every number below 0 is no bid",
     ("detection.postprocess", "count *= 2", "2", "3"): "how fast the search widens changes its time, not what it finds",
     (
         "detection.postprocess",
