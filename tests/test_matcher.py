@@ -53,6 +53,12 @@ def test_by_hand() -> None:
     assert positive.tolist() == [[True, False, False]]
 
 
+def test_the_defaults() -> None:
+    config = MatcherConfig()
+    assert (config.iou_threshold, config.forced_rounds) == (0.5, 3)  # SSD's threshold; the rounds are ours
+    MatcherConfig(iou_threshold=1.0, forced_rounds=0).validate()
+
+
 def test_two_objects_with_the_same_best_anchor_both_get_one() -> None:
     anchors = torch.tensor([[0.0, 0, 10, 10], [8, 0, 18, 10]])
     boxes = torch.tensor([[[0.0, 0, 8, 4], [2, 0, 10, 5]]])  # IoU with the first anchor 0.32 and 0.40

@@ -34,10 +34,10 @@ def test_bilinear_up_to_a_shrinkage_of_two_and_areas_beyond(turn: bool) -> None:
 
 def test_tensorflows_pixels_begin_at_the_corner_and_are_not_averaged() -> None:
     # Pixel i of two is pixel 3 i of six; of four, pixel 1.5 i: between two of them, as much of each.
-    assert resize_as_tensorflow(columns(10, 90, 0, 30, 0, 0), (2, 2))[0, :, 0].tolist() == [10, 30]
+    assert resize_as_tensorflow(columns(10, 90, 0, 30, 0, 0), (2, 2))[..., 0].tolist() == [[10, 30]] * 2
     assert resize_as_tensorflow(columns(10, 90, 0, 30, 0, 0), (2, 4))[0, :, 0].tolist() == [10, 45, 30, 0]
     tall = columns(10, 90, 0, 30, 0, 0).transpose(1, 0, 2).copy()
-    assert resize_as_tensorflow(tall, (2, 2))[:, 0, 0].tolist() == [10, 30]
+    assert resize_as_tensorflow(tall, (2, 2))[..., 0].tolist() == [[10, 10], [30, 30]]
     # Beyond the last pixel it is repeated: pixels 0, 0.5, 1, 1.5.
     assert resize_as_tensorflow(columns(20, 80), (2, 4))[0, :, 0].tolist() == [20, 50, 80, 80]
 

@@ -73,6 +73,7 @@ def test_limits() -> None:
     logits = softmax_logits((0.8, 0.01), (0.6, 0.3), (0.02, 0.9))
     assert run(PostprocessConfig(max_detections=1), logits) == [([50, 50, 70, 90], 0.9, 1)]
     assert [score for _, score, _ in run(PostprocessConfig(candidates=2), logits)] == [0.9, 0.8]
+    assert [score for _, score, _ in run(PostprocessConfig(candidates=1), logits)] == [0.9]
     assert len(run(PostprocessConfig(candidates=10_000, nms_threshold=1.0), logits)) == 6  # more than there are pairs
 
 
@@ -150,7 +151,10 @@ def test_images_of_a_batch_do_not_meet() -> None:
     [
         (PostprocessConfig(score_threshold=1.0), r"score_threshold must be in \[0, 1\), got 1.0"),
         (PostprocessConfig(nms_threshold=0.0), "nms_threshold must be in"),
+        (PostprocessConfig(nms_threshold=1.01), r"nms_threshold must be in \(0, 1\], got 1.01"),
+        (PostprocessConfig(score_threshold=-0.01), r"score_threshold must be in \[0, 1\), got -0.01"),
         (PostprocessConfig(candidates=0), "must be at least 1"),
+        (PostprocessConfig(max_detections=0), "must be at least 1"),
     ],
 )
 def test_configs_that_make_no_sense(config: PostprocessConfig, message: str) -> None:

@@ -136,17 +136,17 @@ def test_an_object_between_the_points_gets_some(box: list[float]) -> None:
 
 
 def test_closeness_and_inside_by_hand() -> None:
-    # Points (4, 4), (12, 4) of stride 8 and (16, 16) of stride 32. The object's centre is (8, 4), 8 wide and 2 high; at least two
-    # anchors of the finest map a side: 16 x 16, from (0, -4) to (16, 12).
-    anchors = torch.tensor([[0.0, 0, 8, 8], [8, 0, 16, 8], [0, 0, 32, 32]])
-    boxes = torch.tensor([[[4.0, 3, 12, 5]]])
+    # Points (12, 4), (20, 4) of stride 8 and (24, 16) of stride 32. The object's centre is (16, 4), 8 wide and 2 high; at least
+    # two anchors of the finest map a side: 16 x 16, from (8, -4) to (24, 12).
+    anchors = torch.tensor([[8.0, 0, 16, 8], [16, 0, 24, 8], [8, 0, 40, 32]])
+    boxes = torch.tensor([[[12.0, 3, 20, 5]]])
     inside, closeness = TaskAlignedAssigner(TaskAlignedConfig(), CODER)._places(boxes, anchors)
     assert inside.tolist() == [[[True, True, False]]]
     # The larger of both distances, 4, 4 and 12, in anchors of the finest map: 1 / (1 + 4 / 8) and 1 / (1 + 12 / 8).
     assert closeness.flatten().tolist() == pytest.approx([2 / 3, 2 / 3, 0.4])
     # On the edge is outside.
     edge, _ = TaskAlignedAssigner(TaskAlignedConfig(least_side=0.0), CODER)._places(
-        torch.tensor([[[4.0, 0, 20, 8]]]), anchors
+        torch.tensor([[[12.0, 0, 28, 8]]]), anchors
     )
     assert edge.tolist() == [[[False, True, False]]]
 
@@ -200,10 +200,13 @@ def test_the_defaults_are_those_of_the_paper() -> None:
 
 
 def test_choices_at_the_edge_of_sense() -> None:
-    TaskAlignedConfig(
-        anchors_per_object=1, score_power=0.0, iou_power=0.0, least_side=0.0, least_quality=0.0
-    ).validate()
-    TaskAlignedConfig(least_quality=1.0).validate()
+    # Without powers all are equals: each positive has the highest IoU as its quality. One anchor, no least quality.
+    box, half = [16.0, 16, 32, 32], torch.tensor([16.0, 16, 32, 24])
+    config = TaskAlignedConfig(anchors_per_object=1, score_power=0.0, iou_power=0.0, least_side=0.0, least_quality=0.0)
+    found = assigned(config, half, one_image([box], [0]))
+    assert found.quality[found.positive].tolist() == pytest.approx([0.5])
+    found = assigned(TaskAlignedConfig(least_quality=1.0), half, one_image([box], [0]))
+    assert found.quality[found.positive].tolist() == pytest.approx([1.0] * 5)
 
 
 def test_an_object_covered_by_another_keeps_the_anchors_that_fit_it() -> None:
