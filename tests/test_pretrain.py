@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fake_cuda import needs_indexing
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -211,6 +212,7 @@ def test_step_compiles_whole() -> None:
     torch.testing.assert_close(compiled(images, labels), step(images, labels))
 
 
+@needs_indexing
 def test_step_never_waits_for_the_device() -> None:
     """A fake CUDA device has no values: whatever asks for one raises, and so does a tensor left on the CPU."""
     with FakeTensorMode(), torch.device("cuda"):

@@ -288,7 +288,8 @@ def test_pixels_of_tensorflow() -> None:
     row = np.array([0, 90, 30, 240], np.uint8)
     image = np.broadcast_to(row[None, :, None], (4, 4, 3)).copy()
     assert resize_as_tensorflow(image, (4, 2))[0, :, 0].tolist() == [0, 30]
-    assert resize_as_tensorflow(image[:, :2], (4, 3))[0, :, 0].tolist() == [0, 60, 90]
+    # OpenCV 4 rounds the way to 1/32.
+    assert resize_as_tensorflow(image[:, :2], (4, 3))[0, :, 0].tolist() in ([0, 60, 90], [0, 59, 90])
     assert resize_as_tensorflow(image, (4, 4)) is image
     placed, placement = place(image, (2, 2), "stretch_tensorflow", (0, 0, 0))
     assert (placed.shape, placement[:2]) == ((2, 2, 3), (0.5, 0.5))

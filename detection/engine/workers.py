@@ -127,11 +127,15 @@ class _SharingCollate(Generic[_Batch]):
         if get_worker_info() is None:
             return batch
         tensors = list(_tensors(batch))
+        num_bytes = sum(tensor.nbytes for tensor in tensors)
+        # torch 2.9 does not ask whether there is room: the write that finds none ends the worker.
+        if _SHARED_MEMORY.is_dir() and num_bytes > shutil.disk_usage(_SHARED_MEMORY).free:
+            return _NoRoom(num_bytes)
         try:
             for tensor in tensors:
                 tensor.share_memory_()
         except RuntimeError:
-            return _NoRoom(sum(tensor.nbytes for tensor in tensors))
+            return _NoRoom(num_bytes)
         return batch
 
 
