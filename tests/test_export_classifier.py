@@ -53,7 +53,7 @@ def job_of(scene: Path, to: Format, name: str, **more: object) -> ExportJob:
     return ExportJob(checkpoint=scene / "c.safetensors", to=to, out=scene / name, **given)  # type: ignore[arg-type]
 
 
-def check(scene: Path, result: ExportResult) -> None:
+def check_classifier(scene: Path, result: ExportResult) -> None:
     classifier = open_classifier(result.path)
     assert isinstance(result.record, ClassifierRecord)
     assert classifier.record == result.record
@@ -75,7 +75,7 @@ def check(scene: Path, result: ExportResult) -> None:
 
 
 def test_torch_and_what_is_refused(scene: Path) -> None:
-    check(scene, export(job_of(scene, "torch", "c.pt2"), say=lambda line: None))
+    check_classifier(scene, export(job_of(scene, "torch", "c.pt2"), say=lambda line: None))
     with pytest.raises(UserError, match=r"^\S+ is an exported classifier; a detector was expected$"):
         load_detector(scene / "c.pt2")
     with pytest.raises(UserError, match="measured with --labelled"):
@@ -95,7 +95,7 @@ def test_torch_and_what_is_refused(scene: Path) -> None:
 )
 def test_other_formats(scene: Path, to: Format, name: str) -> None:
     needs(to)
-    check(scene, export(job_of(scene, to, name), say=lambda line: None))
+    check_classifier(scene, export(job_of(scene, to, name), say=lambda line: None))
 
 
 def test_what_does_not_match_is_told() -> None:

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 from apart import LITERT_MARKS, run_apart
-from test_export_classifier import check as check_classifier
+from test_export_classifier import (
+    check_classifier,
+    scene,  # noqa: F401  a fixture
+)
 from test_export_classifier import job_of as classifier_job
-from test_export_classifier import scene  # noqa: F401  a fixture
 from test_litedet import small_litedet
 from test_predictor import small_detector
 

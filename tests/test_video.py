@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Generator
@@ -203,7 +205,7 @@ def test_truncated_real_video_ends_cleanly(tmp_path: Path):
     assert reader.broken == f"ended after {count} of 1394 frames: the file is cut off or damaged"
 
 
-def test_source_that_does_not_open_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+def test_source_that_does_not_open_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(FileNotFoundError, match=r"video\.mp4: no such file or folder; a source is a video, an image"):
         FrameReader(tmp_path / "video.mp4")
     (tmp_path / "video.mp4").write_text("this is a text")
@@ -222,8 +224,26 @@ def test_source_that_does_not_open_says_why(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(video, "_capture", lambda source: Camera(count=0))
     with pytest.raises(OSError, match=r"0: not one frame could be read \(the stream ended\)"):
         FrameReader("0")
-    assert capfd.readouterr().err == ""  # OpenCV and FFmpeg keep quiet: the message says it
     assert no_readers()
+
+
+def test_opencv_and_ffmpeg_keep_quiet_about_a_source_that_does_not_open(tmp_path: Path):
+    # A process of its own: FFmpeg reads how much it may say once, when a process first opens a video.
+    (tmp_path / "video.mp4").write_text("this is a text")
+    code = """
+import sys
+from detection.inference.video import FrameReader
+for source in sys.argv[1:]:
+    try:
+        FrameReader(source)
+    except OSError as error:
+        print(error)
+"""
+    sources = [str(tmp_path / "video.mp4"), "97", "rtsp://127.0.0.1:9/none"]
+    done = subprocess.run([sys.executable, "-c", code, *sources], capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 3
+    assert "not a video that OpenCV can read" in done.stdout
+    assert done.stderr == ""  # the message says it
 
 
 def test_writer_fits_frames_of_another_size(tmp_path: Path):
