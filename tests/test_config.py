@@ -69,7 +69,7 @@ def test_overrides() -> None:
     [
         (("--train.epoch", "3"), "--train.epochs"),  # the nearest name
         (("--train.epochs", "many"), "--train.epochs"),
-        (("--model.resize", "crop"), "stretch"),
+        (("--model.resize", "crop"), "--model.resize"),
     ],
 )
 def test_what_it_does_not_know_is_refused(
