@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -69,7 +70,7 @@ def test_overrides() -> None:
     [
         (("--train.epoch", "3"), "--train.epochs"),  # the nearest name
         (("--train.epochs", "many"), "--train.epochs"),
-        (("--model.resize", "crop"), "--model.resize"),
+        (("--model.resize", "crop"), "stretch"),
     ],
 )
 def test_what_it_does_not_know_is_refused(
@@ -79,6 +80,8 @@ def test_what_it_does_not_know_is_refused(
         load_config([str(ROOT / "configs/finetune.py:ssdlite"), *override], "test")
     assert stop.value.code == 2
     printed = capsys.readouterr()
+    if said == "stretch" and version("tyro").startswith("0."):
+        pytest.skip("tyro names the choices from 1.0 on")
     assert said in printed.err + printed.out
 
 
