@@ -36,7 +36,7 @@ if [ -n "$litert" ]; then
     } >"$said" 2>&1 </dev/null &
     installing=$!
     set +m
-    trap 'kill -- -$installing 2>/dev/null; rm -f "$said"' EXIT
+    trap 'kill -- -$installing 2>/dev/null || true; rm -f "$said"' EXIT # the status is what it was: the group may have ended
 fi
 
 # A process for each core, up to four (each needs about 2 GB), with one thread each: more threads than cores wait for each other.
