@@ -31,7 +31,7 @@ from detection.structures import RawPredictions, Runner
 Backend = Literal["torch", "compile", "onnxruntime", "openvino"]
 Amp = Literal["off", "bf16", "fp16"]
 
-_X86 = ("x86_64", "AMD64", "i386", "x86")
+_X86 = ("x86_64", "AMD64")  # Linux and macOS, Windows
 
 
 def build_runner(
