@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -19,14 +20,13 @@ from torch import Tensor
 from backbones.errors import UserError
 from backbones.layers import PaddingMode
 from backbones.mobilenetv2 import MobileNetV2Config
+from detection.inference.packed import PackedRunner, _PackedResidual, can_pack
 from detection.inference.predictor import Predictor, load_detector
 from detection.inference.runners import (
     Backend,
     OnnxRuntimeRunner,
     OpenVinoRunner,
-    PackedRunner,
     TorchRunner,
-    _can_pack,
     build_runner,
     threads_for,
     to_onnx,
@@ -61,13 +61,19 @@ def test_all_say_the_same(backend: Backend) -> None:
         assert torch.equal(found.anchors, expected.anchors)
 
 
-@pytest.mark.parametrize("padding", ["symmetric", "tf_same"])
-@pytest.mark.parametrize("folded", [True, False])
-def test_packed_convolutions_say_the_same(folded: bool, padding: PaddingMode) -> None:
-    if not _can_pack():
+@pytest.mark.parametrize(
+    ("folded", "padding", "residual", "sums_inside"),
+    [(True, "symmetric", "identity", 10), (True, "tf_same", "projection", 0), (False, "tf_same", "identity", 0)],
+)
+def test_packed_convolutions_say_the_same(
+    folded: bool, padding: PaddingMode, residual: Literal["identity", "projection"], sums_inside: int
+) -> None:
+    if not can_pack():
         pytest.skip("this processor or this torch has no packed convolutions")
     torch.manual_seed(0)
-    config = SSDLiteConfig(backbone=MobileNetV2Config(width=0.35, padding=padding), input_size=(96, 128))
+    config = SSDLiteConfig(
+        backbone=MobileNetV2Config(width=0.35, padding=padding, residual=residual), input_size=(96, 128)
+    )
     model = SSDLite(config, 3).to(memory_format=torch.channels_last)
     for layer in model.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
@@ -79,8 +85,9 @@ def test_packed_convolutions_say_the_same(folded: bool, padding: PaddingMode) ->
     runner = PackedRunner(model)
     assert list(model.state_dict()) == keys, "the detector itself stays as it was"
     assert not any(isinstance(layer, torch.nn.Conv2d) for layer in runner._packed.modules())
-    for batch_size in (1, 3):
-        images = torch.randint(0, 256, (batch_size, 3, 96, 128), dtype=torch.uint8)
+    assert sum(isinstance(layer, _PackedResidual) for layer in runner._packed.modules()) == sums_inside
+    for batch_size, dtype in ((1, torch.uint8), (3, torch.float32)):
+        images = torch.randint(0, 256, (batch_size, 3, 96, 128), dtype=torch.uint8).to(dtype)
         with torch.inference_mode():
             expected, found = plain(images), runner(images)
         assert expected.class_logits.std() > 0.01

@@ -21,11 +21,10 @@ from detection.benchmark.count import count
 from detection.cli.train import main as train_det
 from detection.data.drawn import draw_detection_set
 from detection.images.place import place
+from detection.inference.packed import PackedRunner, _PackedSeparable, can_pack
 from detection.inference.runners import (
     Backend,
     OnnxRuntimeRunner,
-    PackedRunner,
-    _can_pack,
     build_runner,
     to_onnx,
 )
@@ -335,13 +334,16 @@ def detector_input(image: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("folded", [True, False])
 def test_packed_convolutions_say_the_same(folded: bool) -> None:
-    if not _can_pack():
+    if not can_pack():
         pytest.skip("this processor or this torch has no packed convolutions")
     model = small_litedet()[0].to(memory_format=torch.channels_last)
     model = fold_norms(model) if folded else model
     images = torch.randint(0, 256, (3, 3, 96, 128), dtype=torch.uint8)
+    runner = PackedRunner(model)
+    blocks = [isinstance(layer, _PackedSeparable) for layer in runner._packed.modules()]
+    assert sum(blocks) == (12 if folded else 0)  # a sum in each of 4 mixes and of 2 blocks of 4 heads
     with torch.inference_mode():
-        expected, found = model(images), PackedRunner(model)(images)
+        expected, found = model(images), runner(images)
     assert expected.class_logits.std() > 0.01
     torch.testing.assert_close(found.codes, expected.codes, rtol=1e-4, atol=2e-4)
     torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=2e-4)

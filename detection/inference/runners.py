@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from backbones.errors import UserError
-from backbones.layers import ConvNormAct
 from detection.engine.quiet import quiet
+from detection.inference.packed import PackedRunner, can_pack
 from detection.models.detector import Detector
 from detection.models.folding import clip_sums_in_blocks, fold_norms, merge_outputs
 from detection.models.quantized import QuantizedDetector
@@ -63,7 +63,7 @@ def build_runner(
     folded = fold_norms(merge_outputs(copy.deepcopy(model).eval())).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if backend == "torch":
         # oneDNN's packed layers are float32.
-        packs = device.type == "cpu" and amp == "off" and _can_pack()
+        packs = device.type == "cpu" and amp == "off" and can_pack()
         return PackedRunner(folded) if packs else TorchRunner(folded, device, amp)
     if backend == "compile":
         return CompiledRunner(folded, device, amp)
@@ -141,82 +141,6 @@ class CompiledRunner(TorchRunner):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model, self.device, self.amp)
-
-
-class PackedRunner:
-    """A detector on an x86 processor, its weights laid out as oneDNN wants them and ReLU6 computed inside the convolutions.
-
-    A plain convolution lays its weights out anew at every call, which is a sixth of the network's time for one image.
-
-    Args:
-        model: in evaluation mode on the CPU. What is loaded into it later does not reach the runner.
-    """
-
-    device = torch.device("cpu")
-
-    def __init__(self, model: Detector) -> None:
-        self.model = model
-        self._packed = _packed(model)
-
-    def __call__(self, images: Tensor) -> RawPredictions:
-        """See ``Runner``."""
-        raw: RawPredictions = self._packed(images)
-        return raw
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.model,)  # oneDNN's layouts are not for files
-
-
-def _can_pack() -> bool:
-    """oneDNN's packed convolutions are there, on a processor where they are known to be quicker."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-        and hasattr(torch.ops.mkldnn, "_reorder_convolution_weight")
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-    )
-
-
-def _packed(model: Detector) -> Detector:
-    """A copy of a detector with packed convolutions."""
-    packed = copy.deepcopy(model)
-    shapes: dict[nn.Conv2d, list[int]] = {}
-    convolutions = [layer for layer in packed.modules() if isinstance(layer, nn.Conv2d)]
-    hooks = [
-        layer.register_forward_pre_hook(lambda layer, inputs: shapes.update({layer: list(inputs[0].shape)}))
-        for layer in convolutions
-    ]
-    with torch.inference_mode():
-        packed(torch.zeros(1, 3, *model.config.input_size, dtype=torch.uint8))
-    for hook in hooks:
-        hook.remove()
-    for parent in list(packed.modules()):
-        for name, layer in list(parent.named_children()):
-            if layer in shapes:  # not in a head that only a training runs
-                fuse = isinstance(parent, ConvNormAct) and isinstance(parent.norm, nn.Identity)
-                relu6 = fuse and isinstance(parent.act, nn.ReLU6)
-                setattr(parent, name, _PackedConv(layer, shapes[layer], relu6))
-                if relu6:
-                    parent.act = nn.Identity()
-    return packed
-
-
-class _PackedConv(nn.Module):
-    """A convolution for prediction, with ReLU6 behind it or not; quickest for inputs of ``shape``, right for all."""
-
-    def __init__(self, conv: nn.Conv2d, shape: list[int], relu6: bool) -> None:
-        super().__init__()
-        self.geometry = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        # The operators that torch.compile puts in a convolution's place.
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *self.geometry, shape)
-        self.bias = None if conv.bias is None else conv.bias.detach()
-        self.activation = ("hardtanh", [0.0, 6.0], "") if relu6 else ("none", [], "")
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, *self.geometry, *self.activation
-        )
-        return result
 
 
 _threads_lock = threading.Lock()
