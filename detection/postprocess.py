@@ -156,7 +156,7 @@ class Postprocess:
         """
         wanted = self.config.max_detections
         # What is kept of the best n is kept of all, and the time goes with the square of n: mostly a part of them suffices.
-        count = wanted if self.config.nms_threshold == 1 else wanted + wanted // 4
+        count = wanted if self.config.nms_threshold == 1 else wanted + wanted // 2
         while True:
             some = rows[:count]
             boxes = self.box_coder.decode(codes[some].float(), anchors[some])
