@@ -21,7 +21,7 @@ from detection.benchmark.count import count
 from detection.cli.train import main as train_det
 from detection.data.drawn import draw_detection_set
 from detection.images.place import place
-from detection.inference.packed import PackedRunner, _DoublingMix, _PackedSeparable, _with_doubled, can_pack
+from detection.inference.packed import PackedRunner, _PackedSeparable, can_pack
 from detection.inference.runners import (
     Backend,
     OnnxRuntimeRunner,
@@ -342,24 +342,11 @@ def test_packed_convolutions_say_the_same(folded: bool) -> None:
     runner = PackedRunner(model)
     blocks = [isinstance(layer, _PackedSeparable) for layer in runner._packed.modules()]
     assert sum(blocks) == (12 if folded else 0)  # a sum in each of 4 mixes and of 2 blocks of 4 heads
-    assert sum(isinstance(layer, _DoublingMix) for layer in runner._packed.modules()) == 2
     with torch.inference_mode():
         expected, found = model(images), runner(images)
     assert expected.class_logits.std() > 0.01
     torch.testing.assert_close(found.codes, expected.codes, rtol=1e-4, atol=2e-4)
     torch.testing.assert_close(found.class_logits, expected.class_logits, rtol=1e-4, atol=2e-4)
-
-
-def test_a_coarse_map_is_doubled_beside_a_fine_one() -> None:
-    fine = torch.arange(8.0).view(1, 1, 2, 4).contiguous(memory_format=torch.channels_last)
-    coarse = torch.tensor([[10.0, 20], [30, 40]]).view(1, 2, 1, 2).contiguous(memory_format=torch.channels_last)
-    found = _with_doubled(fine, coarse)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert found[0, 0].tolist() == fine[0, 0].tolist()
-    assert found[0, 1].tolist() == [[10, 10, 20, 20]] * 2
-    assert found[0, 2].tolist() == [[30, 30, 40, 40]] * 2
-    odd = _with_doubled(fine[..., :3], coarse)  # a column that the fine map has not
-    assert odd[0, 2].tolist() == [[30, 30, 40]] * 2
 
 
 def test_outputs_merged_for_prediction_say_the_same() -> None:

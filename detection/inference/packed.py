@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from backbones.layers import ConvNormAct
 from backbones.mobilenetv2 import InvertedResidual, MobileNetV2
 from detection.models.detector import Detector
-from detection.models.necks import DepthwiseSeparable, Mix, doubled
+from detection.models.necks import DepthwiseSeparable
 from detection.structures import RawPredictions
 
 
@@ -78,7 +78,7 @@ def _packed(model: Detector) -> Detector:
                 setattr(parent, name, _PackedConv(layer, shapes[layer], relu6))
                 if relu6:
                     parent.act = nn.Identity()
-    for parent in reversed(list(packed.modules())):  # parts before the wholes that take them over
+    for parent in list(packed.modules()):
         for name, block in list(parent.named_children()):
             if isinstance(block, DepthwiseSeparable) and block.act is not None and _is_bare(block.pointwise):
                 setattr(parent, name, _PackedSeparable(block))
@@ -88,8 +88,6 @@ def _packed(model: Detector) -> Detector:
                 and _is_bare(block.project)
             ):
                 setattr(parent, name, _PackedResidual(block))
-            elif isinstance(block, Mix) and block.doubles:
-                setattr(parent, name, _DoublingMix(block))
     for parent in list(packed.modules()):
         for name, layer in list(parent.named_children()):
             if _is_bare(layer):  # calling a layer that calls three others, two of them idle, is a twentieth of the time
@@ -167,30 +165,6 @@ class _PackedSeparable(nn.Module):
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         summed = self.pointwise.plus(self.depthwise(x), x if shortcut is None else shortcut, "relu")
         return summed.clamp_max_(6.0)  # oneDNN knows no ReLU6 behind a sum
-
-
-class _DoublingMix(nn.Module):
-    """See ``Mix`` with a second map of half the size: doubled and concatenated in one copy."""
-
-    def __init__(self, mix: Mix) -> None:
-        super().__init__()
-        self.first = mix.first
-        self.more = mix.more
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        mixed: Tensor = self.more(self.first(_with_doubled(x, other), x))
-        return mixed
-
-
-def _with_doubled(x: Tensor, other: Tensor) -> Tensor:
-    """Maps [B, C, H, W] and [B, D, ceil(H/2), ceil(W/2)], channels-last -> [B, C + D, H, W], the second's cells four times."""
-    batch, _, height, width = x.shape
-    if height % 2 or width % 2:
-        return torch.cat((x, doubled(other, x)), 1)
-    cells = (batch, height // 2, 2, width // 2, 2)
-    fine = x.permute(0, 2, 3, 1).view(*cells, -1)
-    coarse = other.permute(0, 2, 3, 1)[:, :, None, :, None].expand(*cells, -1)
-    return torch.cat((fine, coarse), -1).view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 class _PackedResidual(InvertedResidual):

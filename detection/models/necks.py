@@ -61,26 +61,17 @@ class DepthwiseSeparable(nn.Module):
 
 
 class Mix(nn.Module):
-    """Two maps [B, C, H, W] each, concatenated and mixed into one that continues the first.
+    """Two maps [B, C, H, W] each, concatenated and mixed into one that continues the first."""
 
-    Args:
-        width: C.
-        depth: depthwise separable convolutions.
-        kernel_size: of the depthwise convolutions.
-        layer: makes a convolution with its batch norm.
-        doubles: the second map has half the size, rounded up, and is brought to that of the first.
-    """
-
-    def __init__(self, width: int, depth: int, kernel_size: int, layer: Layer, doubles: bool = False) -> None:
+    def __init__(self, width: int, depth: int, kernel_size: int, layer: Layer) -> None:
         super().__init__()
-        self.doubles = doubles
         self.first = DepthwiseSeparable(2 * width, width, kernel_size, layer, shortcut=True)
         self.more = nn.Sequential(
             *(DepthwiseSeparable(width, width, kernel_size, layer, shortcut=True) for _ in range(depth - 1))
         )
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        mixed: Tensor = self.more(self.first(torch.cat((x, doubled(other, x) if self.doubles else other), 1), x))
+        mixed: Tensor = self.more(self.first(torch.cat((x, other), 1), x))
         return mixed
 
 
@@ -120,17 +111,17 @@ class LightPAN(nn.Module):
         if any(coarse != 2 * fine for fine, coarse in itertools.pairwise(strides)):
             raise UserError(f"the neck needs maps whose strides double, got strides {strides}; set model.features")
 
-        def mix(doubles: bool) -> Mix:
-            return Mix(width, depth, kernel_size, layer, doubles)
+        def mix() -> Mix:
+            return Mix(width, depth, kernel_size, layer)
 
         def halve() -> DepthwiseSeparable:
             return DepthwiseSeparable(width, width, kernel_size, layer, 2, padding)
 
         steps = range(len(specs) - 1)
         self.reduce = nn.ModuleList(layer(spec.channels, width, 1) for spec in specs)
-        self.top_down = nn.ModuleList(mix(doubles=True) for _ in steps)
+        self.top_down = nn.ModuleList(mix() for _ in steps)
         self.halve = nn.ModuleList(halve() for _ in steps)
-        self.bottom_up = nn.ModuleList(mix(doubles=False) for _ in steps)
+        self.bottom_up = nn.ModuleList(mix() for _ in steps)
         self.extra_before = halve()
         self.extra_after = halve()
         self.feature_specs = [FeatureSpec(width, stride) for stride in (*strides, 2 * strides[-1])]
@@ -141,7 +132,8 @@ class LightPAN(nn.Module):
         last = len(reduced) - 1
         downward = [reduced[last]]  # the coarsest first
         for step, mix in enumerate(self.top_down):
-            downward.append(mix(reduced[last - 1 - step], downward[-1]))
+            finer = reduced[last - 1 - step]
+            downward.append(mix(finer, _doubled(downward[-1], finer)))
         found = [downward[last]]
         for step, (halve, mix) in enumerate(zip(self.halve, self.bottom_up, strict=True)):
             found.append(mix(downward[last - 1 - step], halve(found[-1])))
@@ -149,7 +141,7 @@ class LightPAN(nn.Module):
         return found
 
 
-def doubled(x: Tensor, like: Tensor) -> Tensor:
+def _doubled(x: Tensor, like: Tensor) -> Tensor:
     """A map at twice its size, each cell four times; a row or column that the finer map has not is cut off."""
     x = F.interpolate(x, scale_factor=2.0, mode="nearest")
     height, width = like.shape[-2:]
