@@ -114,6 +114,11 @@ def main(argv: Sequence[str] | None = None) -> ExportResult | ExportTable:
     if config.to == "bundle":
         print(f"on the device: pip install -r {config.out}/requirements.txt; python {config.out}/detect.py IMAGE")
     if config.to == "web":
+        if config.keep_float:
+            print(
+                "layers in floating point are added up in another order in a browser, and what is rounded to eight bits behind "
+                "them may differ: boxes may be some pixels from Python's; without --keep-float they are the same"
+            )
         print(
             f"look at it: python {config.out}/serve.py (or python -m http.server in it); any server of static files will do"
         )
@@ -123,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> ExportResult | ExportTable:
 def _export(config: ExportConfig, to: Format, out: Path) -> ExportResult:
     from detection.export.run import export
 
-    return export(_job(config, to, out))
+    return export(replace(_job(config, to, out), portable=config.to == "web"))
 
 
 def _job(config: ExportConfig, to: Format, out: Path) -> ExportJob:

@@ -6,8 +6,6 @@ afterwards, in floating point.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -23,6 +21,7 @@ from detection.engine.quiet import quiet
 from detection.export.module import Network, Tail
 from detection.export.options import ExportOptions, Record, Variant
 from detection.export.sensitivity import layers_of
+from detection.export.weights import in_eight_bits, mean_loss
 from detection.inference.exported import KEY
 from detection.inference.runners import EXPORTER_LOGS, module_to_onnx
 from detection.models.detector import Detector
@@ -32,14 +31,14 @@ PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 TAIL = "tail_"
 """What the names of the tail's nodes begin with."""
 
-_CORRECTED = "NNCF, bias correction, per channel, reduced range"
-# ONNX Runtime's own quantiser, always with reduce_range: without it pairs of products overflow 16 bits on processors with AVX2
-# and no VNNI, where AP falls to a third, and a measurement on another processor does not show it.
+# ONNX Runtime's own quantiser, with weights that overflow on no processor (detection.export.weights): what is measured on one
+# holds on another. All convolve in integers from the first layer to the heads, so that none is much slower than the quickest,
+# and with portable sums a browser's WebAssembly gives the same numbers. What NNCF makes leaves half of the convolutions in
+# floating point: it took longer than float32, and rounded otherwise in a browser.
 _INT8: dict[str, dict[str, Any]] = {
-    "min-max, per channel, reduced range": {},
-    "min-max, per channel, reduced range, output layers float": {"outputs_float": True},
-    _CORRECTED: {},  # the most exact, and up to three times as slow: it leaves what goes into sums in floating point
-    "percentile 99.999, per channel, reduced range": {"percentile": 99.999},
+    "min-max, per channel": {},
+    "min-max, per channel, output layers float": {"outputs_float": True},
+    "percentile 99.999, per channel": {"percentile": 99.999},
     "min-max, per tensor, reduced range": {"per_channel": False},
 }
 
@@ -71,7 +70,8 @@ def variants(network: Network, options: ExportOptions) -> Iterator[Variant]:
     """
     raw, tail = network_onnx(network), tail_of(network, options)
     if network.learnt:
-        yield Variant(name=LEARNT, make=lambda: OnnxFile(raw if tail is None else joined(raw, tail)))
+        heads = with_portable_sums(raw) if options.portable else raw
+        yield Variant(name=LEARNT, make=lambda: OnnxFile(heads if tail is None else joined(heads, tail)))
         return
     if not options.int8:
         yield Variant(name="", make=lambda: OnnxFile(raw if tail is None else joined(raw, tail)))
@@ -79,13 +79,10 @@ def variants(network: Network, options: ExportOptions) -> Iterator[Variant]:
     assert options.calibration is not None
     prepared = _prepared(raw)
     excluded = nodes_of(prepared, network, options.keep_float)
-    corrected = partial(_corrected, raw, tail, options.calibration, nodes_of(raw, network, options.keep_float))
     for name, settings in _INT8.items():
-        if name != _CORRECTED:
-            make = partial(_quantised, prepared, tail, options.calibration, excluded=excluded, **settings)
-            yield Variant(name=name, make=make)
-        elif importlib.util.find_spec("nncf") is not None:
-            yield Variant(name=name, make=corrected)
+        settings = {**settings, "excluded": excluded, "portable": options.portable}
+        make = partial(_quantised, prepared, tail, options.calibration, **settings)
+        yield Variant(name=name, make=make)
 
 
 LEARNT = "ranges of the training"
@@ -220,10 +217,15 @@ def _quantised(
     outputs_float: bool = False,
     per_channel: bool = True,
     percentile: float | None = None,
+    portable: bool = False,
 ) -> OnnxFile:
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     method = CalibrationMethod.MinMax if percentile is None else CalibrationMethod.Percentile
+    extra: dict[str, Any] = {} if percentile is None else {"CalibPercentile": percentile}
+    kept = [*excluded, *(output_layers(prepared) if outputs_float else ())]
+    if per_channel:
+        prepared, extra["TensorQuantOverrides"] = _with_rounded_weights(prepared, kept, calibration)
     with tempfile.TemporaryDirectory() as folder, quiet(""):
         source, target = Path(folder, "prepared.onnx"), Path(folder, "int8.onnx")
         source.write_bytes(prepared)
@@ -233,49 +235,87 @@ def _quantised(
             _Reader(calibration),
             quant_format=QuantFormat.QDQ,
             per_channel=per_channel,
-            reduce_range=True,
+            reduce_range=True,  # of what the scales do not name: linear layers, and all weights per tensor
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=[*excluded, *(output_layers(prepared) if outputs_float else ())],
+            nodes_to_exclude=kept,
             calibrate_method=method,
-            extra_options={} if percentile is None else {"CalibPercentile": percentile},
+            extra_options=extra,
         )
         content = target.read_bytes()
+    if portable:
+        content = with_portable_sums(content)
     return OnnxFile(content if tail is None else joined(content, tail))
 
 
-def quiet_nncf() -> Any:
-    """The package NNCF, which from then on reports errors alone.
+def with_portable_sums(content: bytes) -> bytes:
+    """Sums of eight-bit tensors computed in float32, each step as IEEE 754 says.
 
-    Raises:
-        ImportError: it is not installed.
+    ONNX Runtime joins such an Add with the conversions around it to one operator, which scales, adds and rounds in another
+    order on each kind of processor and in WebAssembly: now and then it ends on the other side of a half, and all behind
+    it with it. It does not join the operator Sum. That costs a twentieth of the time.
     """
-    with quiet("torch.utils.cpp_extension"):  # it imports that, and so one learns that there is no CUDA
-        import nncf
-    nncf.set_log_level(logging.ERROR)
-    return nncf
-
-
-def _corrected(
-    raw: bytes, tail: bytes | None, calibration: NDArray[np.uint8], excluded: Sequence[str] = ()
-) -> OnnxFile:
-    """In 8 bits by NNCF, which then sets the layers' biases so that their mean outputs stay what they were."""
     import onnx
 
-    nncf = quiet_nncf()
-    data = [{"images": calibration[place : place + 1]} for place in range(len(calibration))]
-    with quiet():
-        model = nncf.quantize(
-            onnx.load_from_string(raw),
-            nncf.Dataset(data),
-            preset=nncf.QuantizationPreset.PERFORMANCE,
-            subset_size=len(data),
-            ignored_scope=nncf.IgnoredScope(names=list(excluded)) if excluded else None,
-            # Weights in seven bits: what reduce_range is to ONNX Runtime's quantiser.
-            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
-        )
-    content: bytes = model.SerializeToString()
-    return OnnxFile(content if tail is None else joined(content, tail))
+    model = onnx.load_from_string(content)
+    widened = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    for node in model.graph.node:
+        if node.op_type == "Add" and widened.issuperset(node.input):
+            node.op_type = "Sum"
+    changed: bytes = model.SerializeToString()
+    return changed
+
+
+def _with_rounded_weights(
+    prepared: bytes, kept: Sequence[str], calibration: NDArray[np.uint8]
+) -> tuple[bytes, dict[str, list[dict[str, Any]]]]:
+    """Rounds the weights of the convolutions but those of ``kept``, and corrects the biases; see ``detection.export.weights``.
+
+    Returns:
+        The model with the rounded weights, and the scales of their channels as ONNX Runtime's quantiser takes them.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType
+
+    model = onnx.load_from_string(prepared)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv" and node.name not in kept]
+    means = _means(prepared, [node.input[0] for node in convolutions], calibration)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for node in convolutions:
+        name = node.input[1]
+        if name in found:  # two layers share it
+            continue
+        groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+        weights = onnx.numpy_helper.to_array(tensors[name])
+        rounded = in_eight_bits(weights, groups)
+        tensors[name].CopyFrom(onnx.numpy_helper.from_array(rounded.weights, name))
+        found[name] = [{"scale": scale, "zero_point": 0, "quant_type": QuantType.QInt8} for scale in rounded.scales]
+        found[name][0]["axis"] = 0
+        if len(node.input) > 2:
+            bias = onnx.numpy_helper.to_array(tensors[node.input[2]])
+            bias = bias + mean_loss(weights, rounded.weights, means[node.input[0]])
+            tensors[node.input[2]].CopyFrom(onnx.numpy_helper.from_array(bias, node.input[2]))
+    return model.SerializeToString(), found
+
+
+def _means(content: bytes, names: Sequence[str], calibration: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+    """Means of a model's tensors [B, C, H, W] over images, by name: float32 [C] each."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load_from_string(content)
+    names = list(dict.fromkeys(names))
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    sums = [np.float32(0)] * len(names)
+    for place in range(len(calibration)):
+        values = session.run(names, {"images": calibration[place : place + 1]})
+        sums = [total + value.mean((0, 2, 3)) for total, value in zip(sums, values, strict=True)]
+    return {name: total / len(calibration) for name, total in zip(names, sums, strict=True)}
 
 
 class _Reader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from detection.engine.quiet import quiet
 from detection.export.module import Network
-from detection.export.onnx import LEARNT, TAIL, joined, network_onnx, nodes_of, quiet_nncf, tail_of
+from detection.export.onnx import LEARNT, TAIL, joined, network_onnx, nodes_of, tail_of
 from detection.export.options import ExportOptions, Record, Variant
 from detection.inference.exported import KEY
 from detection.inference.runners import openvino_core
@@ -71,7 +72,7 @@ def variants(network: Network, options: ExportOptions) -> Iterator[Variant]:
         yield Variant(name=name, make=lambda: OpenVinoFile(core.read_model(content), options.fp16))
         return
     assert options.calibration is not None
-    quiet_nncf()  # asked for before any work is done
+    _nncf()  # asked for before any work is done
     for name, settings in _INT8.items():
         yield Variant(name=name, make=partial(_quantised, content, options.calibration, kept, **settings))
 
@@ -79,7 +80,7 @@ def variants(network: Network, options: ExportOptions) -> Iterator[Variant]:
 def _quantised(
     content: bytes, calibration: NDArray[np.uint8], kept: list[str], *, preset: str, fast_bias_correction: bool = True
 ) -> OpenVinoFile:
-    nncf = quiet_nncf()
+    nncf = _nncf()
     model = openvino_core().read_model(content)
     names = [node.get_friendly_name() for node in model.get_ops()]
     ignored = [name for name in names if name.startswith(TAIL) or name in kept]
@@ -93,3 +94,15 @@ def _quantised(
             ignored_scope=nncf.IgnoredScope(names=ignored, validate=False) if ignored else None,
         )
     return OpenVinoFile(quantised, fp16=False)
+
+
+def _nncf() -> Any:
+    """The package NNCF, which from then on reports errors alone.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    with quiet("torch.utils.cpp_extension"):  # it imports that, and so one learns that there is no CUDA
+        import nncf
+    nncf.set_log_level(logging.ERROR)
+    return nncf

@@ -26,6 +26,7 @@ class ExportOptions:
         compiled: machine code for this kind of processor, where the format has it.
         calibration: uint8 [B, 3, H, W], images for the ranges of int8; None without int8.
         keep_float: layers that stay in floating point, by their names in torch.
+        portable: of int8 ONNX files: a browser rounds as a processor does, for a little time.
     """
 
     raw: bool = False
@@ -35,6 +36,7 @@ class ExportOptions:
     postprocess: PostprocessConfig
     calibration: NDArray[np.uint8] | None = None
     keep_float: tuple[str, ...] = ()
+    portable: bool = False
 
 
 Record = ExportRecord | ClassifierRecord

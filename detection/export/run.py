@@ -70,6 +70,7 @@ class ExportJob:
         all_variants: try every int8 variant.
         keep_float: layers of an int8 file that stay in floating point: names, or one number N, the N that suffer most.
         known_figure: what the checkpoint has on these images, where that was measured before.
+        portable: see ``ExportOptions``.
     """
 
     checkpoint: str | Path
@@ -95,6 +96,7 @@ class ExportJob:
     all_variants: bool = False
     keep_float: tuple[str, ...] = ()
     known_figure: float | None = None
+    portable: bool = False
 
     @property
     def is_raw(self) -> bool:
@@ -208,7 +210,12 @@ def export(job: ExportJob, say: Callable[[str], None] = print) -> ExportResult:
     if subject.figure_torch is not None:
         say(f"torch: {subject.figure_name} {subject.figure_torch:.4f} on {subject.record.measured.num_images} images")
     options = ExportOptions(
-        raw=job.is_raw, int8=job.int8, fp16=job.fp16, compiled=job.compiled, postprocess=subject.postprocess
+        raw=job.is_raw,
+        int8=job.int8,
+        fp16=job.fp16,
+        compiled=job.compiled,
+        postprocess=subject.postprocess,
+        portable=job.portable,
     )
     layers: list[LayerError] = []
     if job.calibration is not None:
