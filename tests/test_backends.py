@@ -321,6 +321,7 @@ def test_the_package_imports_no_backend() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.oldest
 def test_the_onnx_file_takes_images_as_they_are() -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")

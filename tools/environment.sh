@@ -48,10 +48,21 @@ PYTHON
     if [ "$(cat "$VENV/installed${extra:+-$extra}" 2>/dev/null)" != "$wanted" ] &&
         [ "$(cat "$VENV/installed-dev" 2>/dev/null)" != "$wanted" ]; then # dev holds the rest too
         echo "Installing into $VENV (the first time: some minutes, and some GB where torch comes with CUDA)"
+        rm -f "$VENV"/installed*
         "$VENV/bin/python" -m pip install --disable-pip-version-check --quiet ${CONSTRAINTS:+-c "$CONSTRAINTS"} -e ".${extra:+[$extra]}" ||
             fail "the installation failed (see above); the next start goes on with it"
         echo "$wanted" >"$VENV/installed${extra:+-$extra}"
     fi
+}
+
+# The oldest packages that setup.cfg allows, those of the checks included, in .venv-oldest: for run_oldest.sh. Python 3.10 unless
+# PYTHON names another: the oldest there is, where it is installed; some of the packages have no files for the newest.
+prepare_oldest() {
+    local pythons="python3.10 ${PYENV_ROOT:-$HOME/.pyenv}/versions/3.10.*/bin/python"
+    VENV=.venv-oldest CONSTRAINTS=.venv-oldest.txt
+    PYTHON="${PYTHON:-$pythons python3.11 python3 python3.12 python3.13}"
+    "$(find_python)" tools/constraints.py oldest >"$CONSTRAINTS" || fail "the lower bounds of setup.cfg cannot be read"
+    prepare_environment dev
 }
 
 # An environment of its own in .venv-NAME, for packages that do not go together with the project's, or to go without these. Made

@@ -19,20 +19,25 @@ step ruff check .
 step mypy
 step lint-imports
 
-# A whole run makes the environments of what goes without ours, once; one with options takes those that are there. Those of LiteRT's
-# converter and of MediaPipe are made while the other tests run; LITEDET_LITERT=0 leaves them out.
+# A whole run makes the environments of what goes without ours, once; one with options takes those that are there. Most are made
+# while the other tests run: those of LiteRT's converter and of MediaPipe (LITEDET_LITERT=0 leaves them out), and that of the oldest
+# packages (LITEDET_OLDEST=0).
 whole=$([ $# -gt 0 ] && [ "$*" != --cov ] || echo yes)
 litert=$([ -z "$whole" ] || [ "${LITEDET_LITERT:-1}" = 0 ] || echo yes)
+oldest=$([ -z "$whole" ] || [ "${LITEDET_OLDEST:-1}" = 0 ] || echo yes)
 if [ -n "$whole" ]; then
     prepare_apart bundle-onnx without numpy opencv-python-headless onnxruntime
-fi
-if [ -n "$litert" ]; then
     said="$(mktemp)"
     set -m # a process group of its own, which can be ended whole
     {
-        prepare_apart litert with -e '.[litert]'
-        prepare_apart mediapipe without mediapipe
-        prepare_apart bundle-litert without numpy opencv-python-headless ai-edge-litert
+        if [ -n "$litert" ]; then
+            prepare_apart litert with -e '.[litert]'
+            prepare_apart mediapipe without mediapipe
+            prepare_apart bundle-litert without numpy opencv-python-headless ai-edge-litert
+        fi
+        if [ -n "$oldest" ]; then
+            (unset PYTHON && prepare_oldest) || echo ".venv-oldest could not be made (see above); its tests are left out" >&2
+        fi
     } >"$said" 2>&1 </dev/null &
     installing=$!
     set +m
@@ -49,12 +54,24 @@ cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 print(min(cores, 4))')}"
 step pytest -q -n auto --dist loadfile --max-worker-restart 0 "$@"
 
-# What needs LiteRT's converter, in its environment. Plugins that packages bring along for pytest stay out: anyio's, older there,
-# warns as it loads, and warnings are errors.
-if [ -n "$litert" ]; then
+if [ -n "$whole" ]; then
     wait "$installing" || true # it says itself what could not be made
     cat "$said"
-    [ ! -e .venv-litert/installed ] ||
-        PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 step .venv-litert/bin/python -m pytest -q -p xdist -n auto --dist loadfile \
-            --max-worker-restart 0 tests/test_litert.py tests/test_chain.py
+fi
+
+# What needs LiteRT's converter, in its environment. Plugins that packages bring along for pytest stay out: anyio's, older there,
+# warns as it loads, and warnings are errors.
+if [ -n "$litert" ] && [ -e .venv-litert/installed ]; then
+    PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 step .venv-litert/bin/python -m pytest -q -p xdist -n auto --dist loadfile \
+        --max-worker-restart 0 tests/test_litert.py tests/test_chain.py
+fi
+
+# What calls the packages that have lower bounds, on these; names of files in tests/, test_NAME.py.
+oldest_tests=(imports.py command.py config.py readme.py # every module, tyro, msgspec
+    coco.py dataset.py checkpoint.py # numpy, opencv, pillow, safetensors, filelock
+    train_det.py eval_det.py evaluation.py # torch, tensorboard, matplotlib, pycocotools, faster-coco-eval
+    predictor.py video.py predict_folder.py # av, supervision, pyarrow
+    backends.py) # onnx, onnxruntime, onnxscript, openvino
+if [ -n "$oldest" ] && [ -e .venv-oldest/installed-dev ]; then
+    step bash tools/run_oldest.sh -m "not slow or oldest" "${oldest_tests[@]/#/tests/test_}"
 fi
