@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _START_SECONDS = 180  # until the first epoch or video is done
 _SHARE_ALLOWED = 0.03  # of the memory after the warm-up ...
 _MIB_ALLOWED = 24.0  # ... and this much besides: one image of a validation set may be larger than all before it
+_LEAST_SAMPLES = 40  # also where the machine is busy
 _FILES_ALLOWED = 3  # one may be open at the moment of one sample and not of another
 
 _VIDEOS = """
@@ -88,7 +89,7 @@ def _children(pid: int) -> list[int]:
 
 
 def watch(command: Sequence[str], log: Path, ready: Callable[[], bool], minutes: float) -> list[Sample]:
-    """Samples a process from the moment that it is ``ready``, about 200 times, and ends it by SIGTERM.
+    """Samples a process from the moment that it is ``ready``, about 200 times and 40 at least, and ends it by SIGTERM.
 
     Raises:
         RuntimeError: it ended by itself, or was not ready in time.
@@ -104,7 +105,7 @@ def watch(command: Sequence[str], log: Path, ready: Callable[[], bool], minutes:
             time.sleep(0.1)
         samples: list[Sample] = []
         begin = time.monotonic()
-        while (seconds := time.monotonic() - begin) < 60 * minutes:
+        while (seconds := time.monotonic() - begin) < 60 * minutes or len(samples) < _LEAST_SAMPLES:
             _require_alive(process, log)
             samples.append(sample(process.pid, seconds))
             time.sleep(min(max(0.1, 60 * minutes / 200), 10))

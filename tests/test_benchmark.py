@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -348,7 +348,20 @@ def test_the_tool_writes_json_and_image(tmp_path: Path, capsys: pytest.CaptureFi
     assert "the twelve figures agree" in printed
 
 
+@pytest.fixture
+def quick_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Processes are forked from one that has loaded torch; else each of a dozen takes some seconds to start."""
+    context, strategy = multiprocessing.get_context, torch.multiprocessing.get_sharing_strategy()
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        multiprocessing.set_forkserver_preload(["detection.benchmark.stages"])
+        monkeypatch.setattr(multiprocessing, "get_context", lambda kind: context("forkserver"))
+        torch.multiprocessing.set_sharing_strategy("file_system")  # so many open files cannot be handed over
+    yield
+    torch.multiprocessing.set_sharing_strategy(strategy)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_processes")
 def test_other_backends_and_own_weights(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")

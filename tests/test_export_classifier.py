@@ -5,12 +5,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import small
 import torch
 from test_export import needs
 
 from backbones.classifier import Classifier, ClassifierConfig
 from backbones.errors import UserError
-from backbones.mobilenetv2 import MobileNetV2Config
 from backbones.weights.info import WeightsInfo
 from backbones.weights.native import read_model, save_weights
 from detection import load_detector
@@ -30,7 +30,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A classifier that tells colours apart by chance, and a folder for two of its three classes."""
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(0)
-    model = Classifier(ClassifierConfig(backbone=MobileNetV2Config(width=0.35)), len(NAMES))
+    model = Classifier(ClassifierConfig(backbone=small.BACKBONE), len(NAMES))
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 1.0  # statistics of the images below: answers of a size that can be compared

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import small
 from test_trainer import assert_same_run
 
 from detection.data.drawn import draw_classification_set, draw_detection_set
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 ROOT = Path(__file__).resolve().parents[1]
 COMMON = [
     *("--train.epochs", "2", "--train.batch-size", "4", "--train.device", "cpu", "--train.num-threads", "1"),
-    *("--train.log-every", "3", "--train.checkpoint-every-steps", "2", "--model.backbone.width", "0.35"),
-    *("--model.backbone.frozen-stages", "0"),
+    *("--train.log-every", "3", "--train.checkpoint-every-steps", "2"),
+    *small.BACKBONE_FLAGS,
 ]
 
 # A server that has loaded torch forks a training for each line it reads, so that a start takes no five seconds.

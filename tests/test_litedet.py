@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small
 import torch
 from fake_cuda import needs_indexing
 from test_model import training_batch
@@ -44,7 +45,7 @@ from detection.weights.info import DetectorInfo
 from detection.weights.native import read_detector, save_detector
 from detection.weights.start import adopt_network, start_from
 
-SMALL = LiteDetConfig(backbone=MobileNetV2Config(width=0.35), input_size=(96, 128), neck_width=32)
+SMALL = LiteDetConfig(backbone=small.BACKBONE, input_size=(96, 128), neck_width=32)
 NAMES = ("cat", "dog")
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import small
 import torch
 import torch._dynamo  # by DDP
 from test_trainer import assert_same_run, losses_of
@@ -18,7 +19,7 @@ from detection.cli import train
 from detection.data.drawn import draw_detection_set
 from detection.engine import loop
 from detection.engine.checkpoint import load_checkpoint
-from detection.training import run_report, task  # noqa: F401  once, before the processes are forked
+from detection.training import run_report, task
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="fork and POSIX signals")]
 
@@ -43,23 +44,32 @@ main()
 """
 
 
+EACH_STEP = ("--train.checkpoint-every-steps", "1")
+
+
 def command(folder: Path, kind: str, name: str, *more: str) -> list[str]:
     return [
         f"{ROOT}/configs/finetune.py:{kind}",
         *("--data.train.annotations", f"{folder}/train.json", "--data.train.images", f"{folder}/train"),
         *("--data.val.annotations", f"{folder}/val.json", "--data.val.images", f"{folder}/val"),
         *("--run-dir", f"{folder}/{name}_{kind}", "--data.workers", "0", "--model.input-size", "96", "96"),
-        *("--model.backbone.width", "0.35", "--model.backbone.frozen-stages", "0", "--train.device", "cpu"),
+        *(small.SSDLITE_FLAGS if kind == "ssdlite" else small.BACKBONE_FLAGS),
+        *("--train.device", "cpu"),
         *("--train.epochs", "2", "--train.eval-every", "2", "--train.batch-size", "6", "--train.log-every", "1"),
-        *("--train.checkpoint-every-steps", "1", "--train.optim.warmup-steps", "2"),
-        *("--train.optim.name", "sgd", "--train.optim.lr", "0.01"),
+        *("--train.optim.name", "sgd", "--train.optim.lr", "0.01", "--train.optim.warmup-steps", "2"),
         *more,
     ]
 
 
+def draw_nothing() -> None:
+    """No report and no images in TensorBoard: seconds for each training. Those that torchrun starts draw."""
+    run_report.try_run_report = lambda run_dir: None
+    task.DetectionTask.log_images = lambda *given: None
+
+
 def train_one(folder: Path, kind: str, name: str, *more: str) -> None:
     compute_in_double()
-    run_report.try_run_report = lambda run_dir: None  # seconds of drawing
+    draw_nothing()
     train.main(command(folder, kind, name, *more))
 
 
@@ -72,6 +82,7 @@ def train_until_a_signal(folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     compute_in_double()
+    draw_nothing()
     loop._Loop._update = stops
     with pytest.raises(SystemExit) as end:
         train.main(command(folder, "ssdlite", STOPPED))
@@ -133,7 +144,7 @@ def test_torchrun_starts_killed_processes_again_and_they_go_on(trained: tuple[Pa
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-            *("--max-restarts", "1", str(script), *command(folder, "ssdlite", "again")),
+            *("--max-restarts", "1", str(script), *command(folder, "ssdlite", "again", *EACH_STEP)),
         ],
         capture_output=True, text=True, check=False, timeout=600,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT}/tests"},

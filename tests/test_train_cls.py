@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import torch
 from shared_data import SHARED, needs_shared
 
@@ -26,8 +27,8 @@ from detection.engine.runtime import Runtime
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = f"{ROOT}/configs/finetune.py:classifier"
 SMALL = [
-    "--model.backbone.width", "0.35", "--transform.size", "32", "--transform.eval-size", "32", "--data.workers", "0",
-    "--train.epochs", "2", "--train.batch-size", "8", "--train.device", "cpu", "--model.backbone.frozen-stages", "0",
+    *small.BACKBONE_FLAGS, "--transform.size", "32", "--transform.eval-size", "32", "--data.workers", "0",
+    "--train.epochs", "2", "--train.batch-size", "8", "--train.device", "cpu",
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import small
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -39,9 +40,8 @@ def command(drawn: DetectionSet, run_dir: Path, *more: str) -> list[str]:
         f"{ROOT}/configs/finetune.py:ssdlite",
         *("--data.train.annotations", str(drawn.train_annotations), "--data.train.images", str(drawn.train_images)),
         *("--data.val.annotations", str(drawn.val_annotations), "--data.val.images", str(drawn.val_images)),
-        *("--run-dir", str(run_dir), "--data.workers", "0", "--model.backbone.width", "0.35"),
+        *("--run-dir", str(run_dir), "--data.workers", "0", *small.SSDLITE_FLAGS),
         *("--model.input-size", "128", "128", "--train.batch-size", "8", "--train.device", "cpu"),
-        *("--model.backbone.frozen-stages", "0"),
         *more,
     ]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_processes import DYING, command
+from test_processes import DYING, EACH_STEP, command
 from together import ROOT
 
 from detection.data.drawn import draw_detection_set
@@ -67,7 +67,7 @@ def test_two_nodes_train_and_go_on_when_a_process_of_one_was_killed(
         }
         processes.append(
             subprocess.Popen(
-                [*start, *command(tmp_path, "ssdlite", "two")],
+                [*start, *command(tmp_path, "ssdlite", "two", *EACH_STEP)],
                 env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
         )  # fmt: skip
