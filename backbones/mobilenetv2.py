@@ -3,6 +3,7 @@
 Letters in shapes: B batch, C channels, H W height and width.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import gt
@@ -86,10 +87,10 @@ class MobileNetV2Config:
             raise UserError(f"residual is {self.residual!r}; it can be 'identity' or 'projection'")
         if self.padding not in ("symmetric", "tf_same"):
             raise UserError(f"padding is {self.padding!r}; it can be 'symmetric' or 'tf_same'")
-        if self.norm_eps <= 0 or not 0 < self.norm_momentum <= 1:
+        if not 0 < self.norm_eps < math.inf or not 0 < self.norm_momentum <= 1:
             raise UserError(
                 f"norm_eps is {self.norm_eps} and norm_momentum {self.norm_momentum}; "
-                "the first is above 0, the second above 0 and at most 1"
+                "the first is above 0 and finite, the second above 0 and at most 1"
             )
         num_parts = len(self.settings) + 2
         if not 0 <= self.frozen_stages <= num_parts:

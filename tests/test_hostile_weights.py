@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.compat.proto.graph_pb2 import GraphDef
+from tensorboard.compat.proto.node_def_pb2 import NodeDef
 from test_convert_weights import write_tflite
 from test_tensorflow_weights import tensorflow_detector, write_graph
 
@@ -219,14 +221,112 @@ def test_numbers_of_classes_that_the_file_does_not_hold(files: dict[str, Path], 
             tensor.float_val.append(0.0)
             tensor.tensor_shape.dim[0].size = 3 * 15_000  # columns; three anchors a cell
     (tmp_path / "wide.pb").write_bytes(graph.SerializeToString())
-    with pytest.raises(UserError, match=r"wide\.pb does not fit our network, nothing was read"):
+    # Weights of the predictors alone: an output for each of 15,000 columns and 3 or 6 anchors from each channel.
+    weights = 15_000 * (3 * 96 + 6 * (1280 + 512 + 256 + 256 + 128))
+    with pytest.raises(UserError, match=r"wide\.pb claims a network of \d+ values; at most 33554432 are read") as error:
         read_frozen_graph(tmp_path / "wide.pb")
+    assert weights < int(str(error.value).split()[5]) < 1.1 * weights
     tensor.tensor_shape.dim[0].size = 1 << 40
     (tmp_path / "wide.pb").write_bytes(graph.SerializeToString())
     with pytest.raises(
         UserError, match=r"wide\.pb: the constant BoxPredictor_0/Class\S+ claims the shape \[1099511627776\]"
     ):
         read_frozen_graph(tmp_path / "wide.pb")
+
+
+def changed_graph(content: bytes, out: Path, change: Callable[[GraphDef, dict[str, NodeDef]], object]) -> Path:
+    graph = GraphDef.FromString(content)
+    change(graph, {node.name: node for node in graph.node})
+    out.write_bytes(graph.SerializeToString())
+    return out
+
+
+def many_axes(graph: GraphDef, nodes: dict[str, NodeDef]) -> None:
+    shape = nodes["Preprocessor/mul/x"].attr["value"].tensor.tensor_shape
+    for _ in range(200_000):  # their product has two million digits
+        shape.dim.add(size=1 << 31)
+
+
+def no_size(graph: GraphDef, nodes: dict[str, NodeDef]) -> None:
+    tensor = nodes["Preprocessor/map/while/ResizeImage/stack"].attr["value"].tensor
+    tensor.dtype, tensor.tensor_content = 1, np.array([np.nan, 300], np.float32).tobytes()
+
+
+def many_roots(graph: GraphDef, nodes: dict[str, NodeDef]) -> None:
+    for number in range(65):
+        graph.node.add(name=f"MultipleGridAnchorGenerator/Sqrt_{number}", op="Sqrt")
+
+
+def long_way(graph: GraphDef, nodes: dict[str, NodeDef]) -> None:
+    nodes["BoxPredictor_0/BoxEncodingPredictor_depthwise/depthwise"].input[0] = "way0"
+    for number in range(101):
+        graph.node.add(name=f"way{number}", op="Identity", input=[f"way{number + 1}"])
+
+
+def no_epsilon(graph: GraphDef, nodes: dict[str, NodeDef]) -> None:
+    for node in nodes.values():
+        if node.op == "FusedBatchNorm":
+            node.attr["epsilon"].f = np.nan
+
+
+def no_scale(graph: GraphDef, nodes: dict[str, NodeDef]) -> None:
+    nodes["Preprocessor/sub/y"].attr["value"].tensor.tensor_content = np.float32(1e38).tobytes()
+    nodes["Preprocessor/mul/x"].attr["value"].tensor.tensor_content = np.float32(-1).tobytes()
+
+
+def many_digits(graph: GraphDef, nodes: dict[str, NodeDef]) -> None:  # more than Python reads as an integer
+    name = f"FeatureExtractor/MobilenetV2/layer_19_2_Conv2d_{'9' * 5000}_3x3_s2_8/weights"
+    graph.node.add(name=name, op="Const")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (many_axes, "the constant Preprocessor/mul/x has 200000 dimensions, at most 8 are read"),
+        (no_size, "does not resize its input to a fixed size"),
+        (many_roots, "makes anchors of 65 roots; at most 64 maps are read"),
+        (long_way, "more than 100 nodes before way100 change nothing"),
+        (no_epsilon, "norm_eps is nan"),
+        (no_scale, "model.std must be positive and finite"),
+        (many_digits, "does not fit our network, nothing was read (1 differences)"),
+    ],
+)
+def test_graphs_that_would_take_long_or_make_no_sense(
+    files: dict[str, Path], tmp_path: Path, change: Callable[[GraphDef, dict[str, NodeDef]], object], message: str
+) -> None:
+    path = changed_graph(files["graph.pb"].read_bytes(), tmp_path / "odd.pb", change)
+    with pytest.raises(UserError, match=rf"odd\.pb.*{re.escape(message)}"):
+        read_frozen_graph(path)
+
+
+def test_numbers_of_a_tflite_file_that_do_not_fit_each_other(files: dict[str, Path], tmp_path: Path) -> None:
+    """Neither scales nor a bias are stretched over values that they are not for."""
+    tflite = pytest.importorskip("tflite")
+    good, path = files["quantised.tflite"].read_bytes(), tmp_path / "odd.tflite"
+    graph = tflite.Model.GetRootAs(good).Subgraphs(0)
+    depthwise, linear = graph.Operators(1), graph.Operators(graph.OperatorsLength() - 1)
+    changed = bytearray(good)
+    quantization = graph.Tensors(depthwise.Inputs(1)).Quantization()  # of weights [1, 3, 3, C]
+    at = quantization._tab.Vector(quantization._tab.Offset(8)) - 4
+    assert changed[at : at + 4] == (1).to_bytes(4, "little")
+    changed[at] = 5
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match=r"odd\.tflite is a damaged .* has 5 scales and 1 zero"):
+        read_tflite(path)
+    changed = bytearray(good)
+    weight = graph.Tensors(depthwise.Inputs(1))
+    at = weight._tab.Vector(weight._tab.Offset(4)) - 4
+    assert changed[at : at + 4] == (4).to_bytes(4, "little")
+    changed[at] = 200
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match=r"odd\.tflite is a damaged .* has 200 dimensions"):
+        read_tflite(path)
+    changed = bytearray(good)
+    inputs = depthwise._tab.Vector(depthwise._tab.Offset(6))
+    changed[inputs + 8 : inputs + 12] = linear.Inputs(2).to_bytes(4, "little")
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match=r"odd\.tflite: tensor\d+ has 8 outputs and a bias of shape \[3\]"):
+        read_tflite(path)
 
 
 def test_label_files_that_unpack_to_much_are_not_read_whole(files: dict[str, Path], tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ NORM_EPS = 1e-3  # TensorFlow's; any would do, the statistics are new
 _MAX_LAYERS = 1000  # the deepest public MobileNetV2 has 80
 _MAX_LABELS = 1 << 20  # bytes of a label file that are read
 _MAX_LABEL_FILES = 16
+_MAX_NAME = 200  # characters of a tensor's name that are told
 
 # What the flatbuffer's accessors, which check nothing, raise for offsets and numbers that make no sense.
 _DAMAGED = (IndexError, KeyError, TypeError, AttributeError, ValueError, OverflowError, ZeroDivisionError, RecursionError,
@@ -298,6 +299,9 @@ def _read_layers(path: Path) -> tuple[list[Layer], tuple[float, float, float], t
                 raise UserError(
                     f"{path} is damaged: its layers have more values than the file has bytes, or are too many"
                 )
+            num_outputs = weight.shape[-1 if kind == "DEPTHWISE_CONV_2D" else 0]
+            if bias.shape != (num_outputs,):
+                raise UserError(f"{path}: {name} has {num_outputs} outputs and a bias of shape {list(bias.shape)}")
             stride = 1
             if kind == "FULLY_CONNECTED":
                 weight = weight[:, None, None]
@@ -340,9 +344,12 @@ def _constant(model: Any, graph: Any, made_by: dict[int, Any], index: int) -> tu
     data = model.Buffers(tensor.Buffer()).DataAsNumpy()
     if isinstance(data, int):  # no data of its own: float16 files hold the constant before a DEQUANTIZE operator
         return _constant(model, graph, made_by, made_by[index].Inputs(0))
+    if tensor.ShapeLength() > 4:  # of a convolution's weights; a damaged file may claim very many
+        raise ValueError(f"the tensor {index} has {tensor.ShapeLength()} dimensions")
     shape = [tensor.Shape(axis) for axis in range(tensor.ShapeLength())]
     if min(shape, default=0) < 0:
         raise ValueError(f"the tensor {index} claims the shape {shape}")
+    name = tensor.Name().decode()[:_MAX_NAME]
     values = np.frombuffer(data.tobytes(), types[tensor.Type()]).reshape(shape)
     quantization = tensor.Quantization()
     if quantization is not None and quantization.ScaleLength():
@@ -352,8 +359,10 @@ def _constant(model: Any, graph: Any, made_by: dict[int, Any], index: int) -> tu
             along = [1] * values.ndim
             along[quantization.QuantizedDimension()] = -1
             scale, zero = scale.reshape(along), zero.reshape(along)
-        return tensor.Name().decode(), ((values - zero) * scale).astype(np.float32)
-    return tensor.Name().decode(), values.astype(np.float32)
+        if np.broadcast_shapes(values.shape, scale.shape, zero.shape) != values.shape:  # else a few bytes become many
+            raise ValueError(f"the tensor {index} of shape {shape} has {scale.size} scales and {zero.size} zero points")
+        return name, ((values - zero) * scale).astype(np.float32)
+    return name, values.astype(np.float32)
 
 
 def _normalisation(tensor: Any, uint8: int) -> tuple[float, float]:

@@ -4,6 +4,7 @@ Letters in shapes: B batch, H W height and width of the input, A anchors, C colu
 """
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar
@@ -73,12 +74,14 @@ class DetectorConfig(ABC):
             )
         if not 1 <= len(self.features) <= MAX_MAPS:
             raise UserError(f"model.features names 1 to {MAX_MAPS} maps of the backbone, got {len(self.features)}")
-        if self.std is not None and not min(self.std) > 0:
-            raise UserError(f"model.std must be positive, got {self.std}")
-        if not 0 < self.prior < 1 or not self.norm_eps > 0 or not 0 < self.norm_momentum <= 1:
+        if self.std is not None and not all(0 < std < math.inf for std in self.std):
+            raise UserError(f"model.std must be positive and finite, got {self.std}")
+        if self.mean is not None and not all(map(math.isfinite, self.mean)):
+            raise UserError(f"model.mean must be finite, got {self.mean}")
+        if not 0 < self.prior < 1 or not 0 < self.norm_eps < math.inf or not 0 < self.norm_momentum <= 1:
             raise UserError(
-                f"model.prior is between 0 and 1, model.norm_eps above 0, model.norm_momentum above 0 and at most 1; got "
-                f"{self.prior}, {self.norm_eps}, {self.norm_momentum}"
+                "model.prior is between 0 and 1, model.norm_eps above 0 and finite, model.norm_momentum above 0 and at most "
+                f"1; got {self.prior}, {self.norm_eps}, {self.norm_momentum}"
             )
 
     @abstractmethod

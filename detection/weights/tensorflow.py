@@ -35,7 +35,11 @@ from detection.weights.info import DetectorInfo
 _SCOPE = "FeatureExtractor/MobilenetV2/"
 _SPARSE_COCO = 90  # outputs of a detector whose classes are COCO's ids
 _NEXT = ("Identity", "CheckNumerics")
-_MAX_VALUES = 1 << 25  # of a constant: one number in the file may stand for all of them
+_MAX_VALUES = 1 << 25  # of a constant, and of a network: one number in the file may stand for all of them
+_MAX_SETTINGS = 1 << 16  # of a constant that is a list of numbers
+_MAX_AXES = 8  # of a constant
+_MAX_ANCHOR_MAPS = 64
+_MAX_PASSED = 100  # nodes that change nothing, one after the other
 
 
 @dataclass(slots=True)
@@ -45,48 +49,55 @@ class Graph:
     path: Path
     nodes: Mapping[str, Any]
 
-    def constant(self, name: str) -> NDArray[Any] | None:
-        """The value of a constant, None where there is no such node."""
+    def constant(self, name: str, at_most: int = _MAX_VALUES) -> NDArray[Any] | None:
+        """The value of a constant, None where there is no such node.
+
+        Args:
+            name: of the node.
+            at_most: values that are read; a few bytes can claim many.
+        """
         node = self.nodes.get(name)
         if node is None or node.op != "Const" or "value" not in node.attr:
             return None
         try:
-            return tensor_value(node.attr["value"].tensor)
+            return tensor_value(node.attr["value"].tensor, at_most)
         except UserError as error:
             raise UserError(f"{self.path}: the constant {name} {error}") from error
 
     def numbers(self, name: str) -> NDArray[Any] | None:
         """The value of a constant that is a list of numbers, None where there is no such node."""
-        value = self.constant(name)
+        value = self.constant(name, _MAX_SETTINGS)
         if value is not None and value.ndim != 1:
             raise UserError(f"{self.path}: the constant {name} has the shape {list(value.shape)}, a list was expected")
         return value
 
     def number(self, name: str) -> float | None:
         """The value of a constant that is one number, None where there is no such node."""
-        value = self.constant(name)
+        value = self.constant(name, _MAX_SETTINGS)
         if value is None:
             return None
         if value.size != 1 or not np.isfinite(value).all():
             raise UserError(f"{self.path}: the constant {name} is no single number (shape {list(value.shape)})")
         return float(value.item())
 
-    def constants_ending(self, scope: str, end: str) -> list[NDArray[Any]]:
-        """All constants within a scope whose name ends so."""
-        names = [name for name in self.nodes if name.startswith(scope) and name.endswith(end)]
-        return [value for name in sorted(names) if (value := self.constant(name)) is not None]
+    def constant_ending(self, scope: str, end: str) -> NDArray[Any] | None:
+        """The first constant by name within a scope whose name ends so; None where there is none."""
+        names = sorted(name for name in self.nodes if name.startswith(scope) and name.endswith(end))
+        return next((value for name in names if (value := self.constant(name, _MAX_SETTINGS)) is not None), None)
 
     def source(self, name: str) -> str:
         """The name of the node that gives an input, past nodes that change nothing.
 
         Raises:
-            UserError: such nodes that lead nowhere or in a circle.
+            UserError: such nodes that lead nowhere, in a circle or on and on.
         """
         name = name.lstrip("^").split(":")[0]
-        passed = set()
+        passed: set[str] = set()
         while name in self.nodes and self.nodes[name].op in _NEXT:
             if name in passed or not self.nodes[name].input:
                 raise UserError(f"{self.path}: the node {name} has no input but itself")
+            if len(passed) == _MAX_PASSED:
+                raise UserError(f"{self.path}: more than {_MAX_PASSED} nodes before {name} change nothing")
             passed.add(name)
             name = self.nodes[name].input[0].split(":")[0]
         return name
@@ -120,6 +131,14 @@ def read_frozen_graph(path: Path, class_names: tuple[str, ...] = ()) -> tuple[SS
         UserError: another kind of graph, or one that our network cannot be; everything that differs is named.
     """
     graph = _read_graph(path)
+    try:
+        return _detector(graph, class_names)
+    except UserError as error:  # what the configs say does not name the file
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
+
+
+def _detector(graph: Graph, class_names: tuple[str, ...]) -> tuple[SSDLite, DetectorInfo, list[str]]:
+    path = graph.path
     convolutions = {
         name.rpartition("/")[0]
         for name in graph.nodes
@@ -136,6 +155,9 @@ def read_frozen_graph(path: Path, class_names: tuple[str, ...] = ()) -> tuple[SS
     config = _config(graph, convolutions)
     with torch.device("meta"):  # a graph says how large its network is: it has to hold it, too, before that is built
         network = SSDLite(config, columns - 1)
+    num_values = sum(tensor.numel() for tensor in network.state_dict().values())
+    if num_values > _MAX_VALUES:
+        raise UserError(f"{path} claims a network of {num_values} values; at most {_MAX_VALUES} are read")
     state = _state(graph, network, convolutions)
     if len(keep) < columns - 1:
         state = _drop_columns(state, network.class_tensors(), [0, *(label + 1 for label in keep)], columns)
@@ -151,8 +173,12 @@ def read_frozen_graph(path: Path, class_names: tuple[str, ...] = ()) -> tuple[SS
     return model.eval(), info, remarks
 
 
-def tensor_value(tensor: Any) -> NDArray[Any]:
+def tensor_value(tensor: Any, at_most: int = _MAX_VALUES) -> NDArray[Any]:
     """A TensorProto as an array.
+
+    Args:
+        tensor: the TensorProto.
+        at_most: values that its shape may have.
 
     Returns:
         The numbers in the tensor's shape, read-only. Where one number stands for all, they share its memory.
@@ -166,9 +192,11 @@ def tensor_value(tensor: Any) -> NDArray[Any]:
         raise UserError(f"is of TensorFlow's type {tensor.dtype}; float32, float16, int32 and int64 are read")
     dtype, name = dtypes[tensor.dtype]
     shape = [dim.size for dim in tensor.tensor_shape.dim]
+    if len(shape) > _MAX_AXES:  # before their product, which has as many digits as they have together
+        raise UserError(f"has {len(shape)} dimensions, at most {_MAX_AXES} are read")
     size = math.prod(shape)
-    if min(shape, default=0) < 0 or size > _MAX_VALUES or len(shape) > 8:
-        raise UserError(f"claims the shape {shape}; at most {_MAX_VALUES} values are read")
+    if min(shape, default=0) < 0 or size > at_most:
+        raise UserError(f"claims the shape {shape}; at most {at_most} values are read")
     if tensor.tensor_content:
         if len(tensor.tensor_content) != size * np.dtype(dtype).itemsize:
             raise UserError(f"has {len(tensor.tensor_content)} bytes, which do not fill its shape {shape}")
@@ -232,10 +260,10 @@ def _config(graph: Graph, convolutions: set[str]) -> SSDLiteConfig:
     extras = sorted(
         (int(found[1]), name)
         for name in convolutions
-        if (found := re.fullmatch(rf"{_SCOPE}layer_\d+_2_Conv2d_(\d+)_3x3_s2_\d+", name))
+        if (found := re.fullmatch(rf"{_SCOPE}layer_\d+_2_Conv2d_(\d{{1,9}})_3x3_s2_\d+", name))
     )
-    sizes = graph.constants_ending("Preprocessor/", "ResizeImage/stack")
-    if not sizes or sizes[0].shape != (2,):
+    size = graph.constant_ending("Preprocessor/", "ResizeImage/stack")
+    if size is None or size.shape != (2,) or not np.isfinite(size).all():
         raise UserError(
             f"{graph.path} does not resize its input to a fixed size (Preprocessor/.../ResizeImage/stack is missing); "
             "graphs with a fixed_shape_resizer are read"
@@ -247,7 +275,7 @@ def _config(graph: Graph, convolutions: set[str]) -> SSDLiteConfig:
         mean = round(subtracted * std, 6)
     config = SSDLiteConfig(
         backbone=backbone,
-        input_size=(int(sizes[0][0]), int(sizes[0][1])),
+        input_size=(int(size[0]), int(size[1])),
         resize="stretch_tensorflow",
         features=_taps(graph),
         extra_channels=tuple(len(_required(graph, f"{name}/BatchNorm/beta")) for _, name in extras),
@@ -257,6 +285,7 @@ def _config(graph: Graph, convolutions: set[str]) -> SSDLiteConfig:
         mean=(mean, mean, mean),
         std=(std, std, std),
     )
+    config.validate()
     config.anchors = _anchors(graph, config)
     coder = [value for name in ("truediv/y", "truediv_1/y", "truediv_2/y", "truediv_3/y")
              if (value := graph.number(f"Postprocessor/Decode/{name}")) is not None]  # fmt: skip
@@ -316,18 +345,20 @@ def _anchors(graph: Graph, config: SSDLiteConfig) -> AnchorConfig:
     scales beside it.
     """
     scope = "MultipleGridAnchorGenerator/"
-    shapes: list[tuple[NDArray[Any], NDArray[Any]]] = []
     roots = [name for name, node in graph.nodes.items() if name.startswith(scope) and node.op == "Sqrt"]
-    for root in sorted(roots, key=lambda name: int(number[1]) if (number := re.search(r"_(\d{1,9})$", name)) else 0):
-        inputs = graph.nodes[root].input
-        ratios = graph.constant(graph.source(inputs[0])) if inputs else None
-        for node in graph.nodes.values():
-            if node.op == "Mul" and root in [graph.source(name) for name in node.input]:
-                beside = next((name for name in map(graph.source, node.input) if name != root), "")
-                scales = graph.constant(beside)
-                if ratios is not None and scales is not None:
-                    shapes.append((ratios, scales))
-                    break
+    roots.sort(key=lambda name: int(number[1]) if (number := re.search(r"_(\d{1,9})$", name)) else 0)
+    if len(roots) > _MAX_ANCHOR_MAPS:
+        raise UserError(f"{graph.path} makes anchors of {len(roots)} roots; at most {_MAX_ANCHOR_MAPS} maps are read")
+    found: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {}
+    for node in graph.nodes.values():
+        sources = [graph.source(name) for name in node.input] if roots and node.op == "Mul" else []
+        for root in set(roots).intersection(sources).difference(found):
+            inputs = graph.nodes[root].input
+            ratios = graph.constant(graph.source(inputs[0]), _MAX_SETTINGS) if inputs else None
+            scales = graph.constant(next((name for name in sources if name != root), ""), _MAX_SETTINGS)
+            if ratios is not None and scales is not None:
+                found[root] = ratios, scales
+    shapes = [found[root] for root in roots if root in found]
     # TensorFlow's third ratio is written 0.3333, which moves an anchor's edge by 0.02 pixels against 1 / 3.
     usual = AnchorConfig(ratios=(1.0, 2.0, 0.5, 3.0, 0.3333))
     if not shapes:
@@ -374,16 +405,13 @@ def _specs(config: SSDLiteConfig) -> list[FeatureSpec]:
 
 def _postprocess(graph: Graph) -> PostprocessConfig:
     config = PostprocessConfig(nms_threshold=0.6, max_detections=100)
-    thresholds = graph.constants_ending("Postprocessor/", "non_max_suppression/iou_threshold")
-    if thresholds:
-        config.nms_threshold = round(_single(graph, thresholds[0]), 6)
-    limits = graph.constants_ending("Postprocessor/", "MultiClassNonMaxSuppression/Minimum/x")
-    if limits:
-        config.max_detections = int(_single(graph, limits[0]))
-    try:
-        config.validate()
-    except UserError as error:
-        raise UserError(f"{graph.path}: {error}") from error
+    threshold = graph.constant_ending("Postprocessor/", "non_max_suppression/iou_threshold")
+    if threshold is not None:
+        config.nms_threshold = round(_single(graph, threshold), 6)
+    limit = graph.constant_ending("Postprocessor/", "MultiClassNonMaxSuppression/Minimum/x")
+    if limit is not None:
+        config.max_detections = int(_single(graph, limit))
+    config.validate()
     return config
 
 
@@ -444,7 +472,7 @@ def _layers(model: SSDLite, convolutions: set[str]) -> dict[str, str]:
                 table[f"backbone.stage{stage}.{block}.{part}"] = f"{scope}/{part}"
     names = {}  # "2_1x1" -> scope; the numbers of channels and layers in their names are not needed
     for name in convolutions:
-        found = re.fullmatch(rf"{_SCOPE}layer_\d+_[12]_Conv2d_(\d+)_(1x1|3x3_s2)_\d+(_depthwise)?", name)
+        found = re.fullmatch(rf"{_SCOPE}layer_\d+_[12]_Conv2d_(\d{{1,9}})_(1x1|3x3_s2)_\d+(_depthwise)?", name)
         if found:
             names[found[1], found[2] + (found[3] or "")] = name
     numbers = sorted({number for number, _ in names}, key=int)
