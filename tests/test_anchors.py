@@ -70,6 +70,17 @@ def test_own_scales_without_the_reduced_map() -> None:
     assert xyxy_to_cxcywh(generator((320, 320)))[0, 2].item() == pytest.approx(48)
 
 
+def test_scales_of_few_maps() -> None:
+    """Spaced evenly from the first to the last: two maps have just those, one has the first."""
+    sides = [shapes[0][0] for shapes in AnchorGenerator(AnchorConfig(reduce_first_map=False), SPECS[:2]).shapes]
+    assert sides == pytest.approx([0.2, 0.95])
+    assert AnchorGenerator(AnchorConfig(), SPECS[:1]).shapes[0][0][0] == pytest.approx(0.1)  # half of it, reduced
+
+
+def test_one_ratio_is_enough() -> None:
+    assert AnchorGenerator(AnchorConfig(ratios=(2.0,)), SPECS).num_anchors == [3, 2, 2, 2, 2, 2]
+
+
 def test_own_steps_between_the_centres() -> None:
     # A map of 4 x 2 cells and one of 2 x 1 for an input 64 wide and 32 high. The first: 0.3 of each side apart.
     config = AnchorConfig(centre_steps=(0.3, 0.5), reduce_first_map=False)
@@ -85,7 +96,8 @@ def test_own_steps_between_the_centres() -> None:
         (AnchorConfig(centre_steps=(0.1, 0.2)), r"6 feature maps need 6 centre_steps, got \(0.1, 0.2\)"),
         (AnchorConfig(scales=(0.1, 0, 0.2, 0.3, 0.4, 0.5, 0.6)), "anchor scales must be positive"),
         (AnchorConfig(min_scale=0.0), "0 < min_scale"),
-        (AnchorConfig(ratios=(1.0,) * 33), "1 to 32 of them"),
+        (AnchorConfig(ratios=(1.0,) * 33), r"1 to 32 of them, got \((1\.0, ){19}1\.0\)$"),  # the first 20
+        (AnchorConfig(ratios=(1.0, 0.0)), "ratios must be positive"),
         (AnchorConfig(scales=(0.1, 0.2)), "6 feature maps need 7 anchor scales.*got 2"),
         (AnchorConfig(min_scale=0.9, max_scale=0.2), "min_scale <= max_scale, got min_scale=0.9"),
         (AnchorConfig(ratios=()), "ratios must be positive"),

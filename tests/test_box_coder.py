@@ -12,6 +12,7 @@ from detection.models.box_coders import DistributionBoxCoder, SSDBoxCoder, log_s
 def test_no_boxes() -> None:
     assert SSDBoxCoder().encode(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0, 4)
     assert SSDBoxCoder().decode(torch.zeros(2, 0, 4), torch.zeros(0, 4)).shape == (2, 0, 4)
+    assert SSDBoxCoder().code_size == 4
 
 
 def test_encoding_by_hand() -> None:
@@ -68,6 +69,19 @@ def test_a_distribution_by_hand() -> None:
     assert DistributionBoxCoder(8, first=-0.5).decode(torch.zeros(1, 32), anchor).tolist() == [[-4, -4, 44, 44]]
 
 
+def test_the_default_has_eight_bins() -> None:
+    assert (DistributionBoxCoder().bins, DistributionBoxCoder().code_size, DistributionBoxCoder().first) == (8, 32, 0.0)
+
+
+def test_a_side_beyond_the_bins_is_at_the_outermost() -> None:
+    # 50 and 100 anchor sides to the left and right, none above and below the centre, with bins from 1 to 4.
+    coder, anchor = DistributionBoxCoder(4, first=1.0), torch.tensor([[16.0, 16, 24, 24]])
+    box = torch.tensor([[-380.0, 20, 820, 20]])
+    assert coder.bin_weights(box, anchor)[0].tolist() == [[0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 1], [1, 0, 0, 0]]
+    # A weight of 0 has no logarithm: it counts as 1e-9.
+    assert coder.encode(box, anchor)[0, :4].tolist() == pytest.approx([math.log(1e-9)] * 3 + [0])
+
+
 def test_a_point_beside_a_small_object_can_describe_it() -> None:
     anchor, box = (
         torch.tensor([[16.0, 16, 24, 24]]),
@@ -87,6 +101,8 @@ def test_distributions_of_a_batch_there_and_back() -> None:
     near = (boxes - 0.5 * (anchors[:, :2] + anchors[:, 2:]).repeat(1, 2)).abs().amax(-1) < 6 * 16
     coder = DistributionBoxCoder(8, first=-1)
     decoded = coder.decode(coder.encode(boxes, anchors), anchors)
+    each = anchors.expand(3, 50, 4)  # anchors of every image give the same
+    assert torch.equal(coder.decode(coder.encode(boxes, each), each), decoded)
     inside = near & (decoded[..., :2] < decoded[..., 2:]).all(-1)
     centres = 0.5 * (anchors[:, :2] + anchors[:, 2:])
     inside &= ((centres >= boxes[..., :2] - 16) & (centres <= boxes[..., 2:] + 16)).all(-1)
@@ -105,7 +121,9 @@ def test_wild_distributions_stay_finite_and_uncrossed() -> None:
     assert coder.encode(torch.tensor([[5.0, 5, 5, 5]]), anchors[:1]).isfinite().all()
 
 
-def test_softmax_over_a_short_dimension_is_torchs() -> None:
+@pytest.mark.parametrize("compiling", [False, True])
+def test_softmax_over_a_short_dimension_is_torchs(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     logits = torch.randn(3, 5, 4, 8, dtype=torch.float64, requires_grad=True)
     for ours, theirs in ((softmax, torch.softmax), (log_softmax, torch.log_softmax)):
         assert ours(logits).shape == logits.shape

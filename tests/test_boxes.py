@@ -44,6 +44,16 @@ def test_empty_boxes_overlap_nothing() -> None:
     assert paired_iou(point, point).item() == 0
 
 
+def test_floors_of_the_denominators() -> None:
+    # A square of side 1e-5 has the area 1e-10, a tenth of the IoU's floor of 1e-9.
+    side = torch.tensor([[0.0, 0, 1e-5, 1e-5]])
+    assert paired_iou(side, side).item() == pytest.approx(0.1)
+    # GIoU's is 1e-7, for union and hull: 4e-8 over it, and two points whose hull is 4e-8.
+    square = torch.tensor([[0.0, 0, 2e-4, 2e-4]])
+    assert giou(square, square).item() == pytest.approx(0.4)
+    assert giou(square[:, [0, 0, 0, 0]], square[:, [2, 2, 2, 2]]).item() == pytest.approx(-0.4)
+
+
 def test_iou_of_a_batch_equals_torchvision_image_by_image() -> None:
     torch.manual_seed(0)
     first, second = (cxcywh_to_xyxy(torch.rand(3, n, 4) * 50) for n in (7, 11))

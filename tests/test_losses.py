@@ -14,7 +14,7 @@ from detection.models.litedet import LiteDetConfig
 from detection.models.ssdlite import SSDLiteConfig
 from detection.structures import RawPredictions, Target
 from detection.training.assignment import MatcherConfig, SSDAssigner
-from detection.training.losses import TrainingStep
+from detection.training.losses import TrainingStep, normaliser_over_processes
 from detection.training.ssd_loss import SSDLoss, SSDLossConfig
 
 
@@ -127,6 +127,18 @@ def test_by_hand() -> None:
     assert losses["loss_box"].item() == pytest.approx(0.125)
     weighted = SSDLoss(SSDLossConfig(min_negatives=0, box_weight=2.0, classification_weight=0.5), SSDBoxCoder(), True)
     assert weighted(raw, target)["loss"].item() == pytest.approx(0.25 + 2 * math.log(3))
+
+
+@pytest.mark.parametrize(("own", "others", "expected"), [(3.0, 5.0, 2.0), (0.1, 0.2, 0.25), (0.0, 1.5, 0.375)])
+def test_the_normaliser_is_the_mean_over_processes(
+    own: float, others: float, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four, whose parts count as at least 1 together; test_processes.py has real ones."""
+    assert normaliser_over_processes(torch.tensor(own)).item() == max(own, 1.0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr("torch.distributed._functional_collectives.all_reduce", lambda value, op, group: value + others)
+    assert normaliser_over_processes(torch.tensor(own)).item() == pytest.approx(expected)
 
 
 def test_the_defaults_are_those_of_the_papers() -> None:

@@ -53,6 +53,13 @@ def test_by_hand() -> None:
     assert positive.tolist() == [[True, False, False]]
 
 
+def test_an_overlap_at_the_threshold_is_enough() -> None:
+    anchors = torch.tensor([[0.0, 0, 10, 10]])
+    half = torch.tensor([[[0.0, 0, 5, 10]]])  # IoU 0.5
+    positive, _ = SSDAssigner(MatcherConfig(forced_rounds=0)).match(half, torch.ones(1, 1, dtype=torch.bool), anchors)
+    assert positive.tolist() == [[True]]
+
+
 def test_the_defaults() -> None:
     config = MatcherConfig()
     assert (config.iou_threshold, config.forced_rounds) == (0.5, 3)  # SSD's threshold; the rounds are ours
@@ -108,6 +115,7 @@ def test_batch_equals_the_slow_loop(rounds: int) -> None:
     ("config", "message"),
     [
         (MatcherConfig(iou_threshold=0.0), "iou_threshold must be in"),
+        (MatcherConfig(iou_threshold=1.5), "iou_threshold must be in"),
         (MatcherConfig(forced_rounds=-1), "forced_rounds"),
     ],
 )

@@ -39,6 +39,28 @@ def test_nothing_above_the_threshold() -> None:
     assert run(PostprocessConfig(score_threshold=0.5), softmax_logits((0.1, 0.1), (0.2, 0.1), (0.3, 0.3))) == []
 
 
+def test_the_defaults() -> None:
+    config = PostprocessConfig()
+    assert (config.score_threshold, config.nms_threshold) == (0.001, 0.55)
+    assert (config.candidates, config.max_detections) == (1000, 300)
+
+
+def test_groups_are_apart_from_corner_to_corner() -> None:
+    reach = postprocess._REACH
+    boxes = torch.tensor([[reach - 1, reach - 1, torch.inf, torch.inf], [-torch.inf, -torch.inf, 1 - reach, 1 - reach]])
+    first, second = postprocess._apart(boxes, torch.tensor([0, 1]))
+    assert (second[:2] > first[2:]).all()
+
+
+def test_scores_of_a_batch_by_hand() -> None:
+    # Two images with two anchors each: logits 0, ln 2 and ln 5 are to each other as 1, 2 and 5; the background is not scored.
+    logits = torch.tensor([0.0, math.log(2), math.log(5)])
+    batch = torch.stack((logits, logits[[1, 0, 2]], logits[[2, 1, 0]], logits)).view(2, 2, 3)
+    expected = [[[0, 1 / 4, 5 / 8], [0, 1 / 8, 5 / 8]], [[0, 1 / 4, 1 / 8], [0, 1 / 4, 5 / 8]]]
+    scores = Postprocess(PostprocessConfig(), SSDBoxCoder(), "softmax", True).scores(batch)
+    torch.testing.assert_close(scores, torch.tensor(expected))
+
+
 def test_a_score_at_the_threshold_is_not_kept() -> None:
     # The sigmoid of 0 is 0.5 exactly. Only detections with a higher score are kept, whichever road finds them.
     raw = RawPredictions(torch.zeros(1, 2, 4), torch.tensor([[[0.0], [1.0]]]), ANCHORS[1:])

@@ -169,6 +169,17 @@ def test_between_equals_the_nearer_wins() -> None:
     assert owners(both, 0)[1 * 8 + 1] == 0
 
 
+@pytest.mark.parametrize(("half", "owner"), [(104.51, 1), (104.558, 0)])
+def test_closeness_counts_a_thousandth_of_the_overlap(half: float, owner: int) -> None:
+    # The anchor at (4, 4), 8 wide, predicts 100 x 100. The first object holds it all, 192 x 192 around (4, 4): IoU 0.271267,
+    # closeness 1. The second too, 176 wide around (12, 4): closeness 1 / (1 + 8 / 8), half less, so that it needs an IoU
+    # that is more than 0.0005 higher. It is 0.000564 or 0.00044 higher.
+    predicted, anchors = torch.tensor([[[0.0, 0, 100, 100]]]), torch.tensor([[0.0, 0, 8, 8]])
+    target = one_image([[-92.0, -92, 100, 100], [-76, 4 - half, 100, 4 + half]], [0, 0])
+    found = TaskAlignedAssigner(TaskAlignedConfig(), CODER).assign(predicted, torch.zeros(1, 1, 3), target, anchors)
+    assert owners(found, 0) == {0: owner}
+
+
 def test_an_overlap_below_the_least_counts_as_that() -> None:
     # u is 0 for one anchor and 1 for the others: its share is (0.001 / 1)^beta, here 0.001.
     box = torch.tensor([16.0, 16, 32, 32])
