@@ -166,8 +166,7 @@ class Postprocess:
             best: Tensor = nms(apart, scores[:count].double(), self.config.nms_threshold)[:wanted]
             if len(best) == wanted or count >= len(scores):
                 return boxes, best
-            # As many of the next are expected to stay as of these, and a tenth in reserve.
-            count = max(math.ceil(1.1 * count * wanted / len(best)), count + wanted // 4 + 1)
+            count *= 3
 
     def batched(self, raw: RawPredictions) -> Tensor:
         """The same for all images at once, in tensors of fixed size; the host waits for the device in NMS alone.

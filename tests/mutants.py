@@ -133,9 +133,9 @@ EQUIVALENT = {
     ): "further apart is apart too",
     (
         "detection.postprocess",
-        "count = wanted if self.config.nms_threshold == 1 else wanted + wanted // 4",
-        "4",
-        "5",
+        "count = wanted if self.config.nms_threshold == 1 else wanted + wanted // 2",
+        "2",
+        "3",
     ): "how much of the candidates is tried first changes the time, not what is found",
     (
         "detection.postprocess",
@@ -187,9 +187,9 @@ EQUIVALENT = {
     ): "how many images are suppressed at once changes the time, not what is found",
     (
         "detection.postprocess",
-        "count = wanted if self.config.nms_threshold == 1 else wanted + wanted // 4",
-        "wanted + wanted // 4",
-        "wanted - wanted // 4",
+        "count = wanted if self.config.nms_threshold == 1 else wanted + wanted // 2",
+        "wanted + wanted // 2",
+        "wanted - wanted // 2",
     ): "how much is tried first changes the time, not what is found",
     (
         "detection.postprocess",
@@ -257,7 +257,7 @@ EQUIVALENT = {
         "False",
         "True",
     ): "the one config whose code is distributions has the field",
-    ("detection.postprocess", "count *= 2", "2", "3"): "how fast the search widens changes its time, not what it finds",
+    ("detection.postprocess", "count *= 3", "3", "4"): "how fast the search widens changes its time, not what it finds",
     (
         "detection.postprocess",
         "visible = has_sides.all(-1)",
