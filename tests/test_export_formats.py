@@ -201,7 +201,7 @@ def test_eight_bits_are_close(to: str, scene: Path) -> None:  # noqa: F811
     assert result.record.kept_float == ("model.backbone.stem.conv",)
     assert open_exported(job.out).record.precision == "int8"
     in_float = 4 * sum(parameter.numel() for parameter in small_detector()[0].parameters())
-    assert in_float > 1.9 * result.chosen.size
+    assert in_float > 1.6 * result.chosen.size  # OpenVINO's file holds its graph as text
     if to == "onnx":
         onnx = pytest.importorskip("onnx")
         graph = onnx.load(job.out).graph

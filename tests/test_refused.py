@@ -139,7 +139,7 @@ def test_an_archive_with_too_large_a_network(tmp_path: Path, monkeypatch: pytest
 
 def test_constants_of_a_graph_that_are_not_what_is_expected() -> None:
     class Known(Graph):
-        def constant(self, name: str) -> np.ndarray | None:
+        def constant(self, name: str, at_most: int = 0) -> np.ndarray | None:
             return {"square": np.zeros((2, 2)), "nan": np.array([math.nan]), "list": np.arange(2.0)}.get(name)
 
     graph = Known(Path("a.pb"), {})
