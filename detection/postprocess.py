@@ -155,7 +155,8 @@ class Postprocess:
             Boxes of the first candidates, and the positions of those that stay, best first.
         """
         wanted = self.config.max_detections
-        # What is kept of the best n is kept of all, and the time goes with the square of n: mostly a part of them suffices.
+        # What is kept of the best n is kept of all, and the time goes with n times what is kept: where the best are mostly apart,
+        # a part of them suffices.
         count = wanted if self.config.nms_threshold == 1 else wanted + wanted // 2
         while True:
             some = rows[:count]

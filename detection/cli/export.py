@@ -116,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> ExportResult | ExportTable:
     if config.to == "web":
         if config.keep_float:
             print(
-                "layers in floating point are added up in another order in a browser, and what is rounded to eight bits behind "
-                "them may differ: boxes may be some pixels from Python's; without --keep-float they are the same"
+                "--keep-float: a browser adds up these layers in another order and may round differently behind them, so that "
+                "boxes may be some pixels from Python's; without --keep-float they are the same"
             )
         print(
             f"look at it: python {config.out}/serve.py (or python -m http.server in it); any server of static files will do"
