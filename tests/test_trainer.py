@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed as dist
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -755,6 +757,16 @@ def test_one_training_in_a_folder(tmp_path: Path) -> None:
         process.join(60)
     assert not (tmp_path / "a").exists()  # no training began in it
     run(PointsTask(), config_of(), tmp_path / "a" / "run")
+
+
+def test_a_resume_waits_for_the_workers_of_a_killed_training(tmp_path: Path) -> None:
+    run(PointsTask(), config_of(), tmp_path / "run")
+    lock = FileLock(tmp_path / "run" / ".lock", thread_local=False)
+    lock.acquire()
+    orphans_end = threading.Timer(1, lock.release)
+    orphans_end.start()
+    run(PointsTask(), config_of(resume=True), tmp_path / "run")
+    orphans_end.join()
 
 
 _FULL_DISK = """

@@ -33,7 +33,7 @@ _FREE_ON_RESUME: tuple[str, ...] = (
 # What a training alone writes, under its lock: the beginnings that a killed one left can go.
 _WRITTEN = ("last.pt", "best.pt", "config.json", "metrics.jsonl")
 
-_ORPHAN_SECONDS = 30.0
+_ORPHAN_SECONDS = 15.0
 
 _Value = TypeVar("_Value")
 _Config = TypeVar("_Config", bound="RunConfig")
@@ -161,8 +161,8 @@ def _open(run_dir: Path, resume: bool, repeats: bool, stack: ExitStack) -> dict[
         raise FileNotFoundError(
             f"{last_path} is not there, so there is nothing to resume; start without --train.resume"
         )
-    # Data workers of a process that was killed hold its lock until they see that it is gone, some seconds later.
-    stack.enter_context(_locked(run_dir, _ORPHAN_SECONDS if repeats else 0))
+    # Before filelock 4, data workers of a killed process hold its lock until they see that it is gone: torch looks every 5 s.
+    stack.enter_context(_locked(run_dir, _ORPHAN_SECONDS if resume or repeats else 0))
     for name in _WRITTEN:
         remove_unfinished(run_dir / name)
     if not resume:
