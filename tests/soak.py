@@ -24,13 +24,16 @@ _START_SECONDS = 180  # until the first epoch or video is done
 _SHARE_ALLOWED = 0.03  # of the memory after the warm-up ...
 _MIB_ALLOWED = 24.0  # ... and this much besides: one image of a validation set may be larger than all before it
 _LEAST_SAMPLES = 40  # also where the machine is busy
+_LEAST_ROUNDS = 5  # epochs or videos: each quarter then sees whole ones
 _FILES_ALLOWED = 3  # one may be open at the moment of one sample and not of another
 
 _VIDEOS = """
 import sys
 from detection.cli.video import main
 while True:
-    main(sys.argv[1:])
+    main(sys.argv[2:])
+    with open(sys.argv[1], "a") as done:
+        done.write("one more\\n")
 """
 
 
@@ -88,24 +91,31 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def watch(command: Sequence[str], log: Path, ready: Callable[[], bool], minutes: float) -> list[Sample]:
-    """Samples a process from the moment that it is ``ready``, about 200 times and 40 at least, and ends it by SIGTERM.
+def watch(command: Sequence[str], log: Path, rounds: Callable[[], int], minutes: float) -> list[Sample]:
+    """Samples a process once its first round is done, about 200 times and 40 at least, and ends it by SIGTERM.
+
+    Args:
+        rounds: how many epochs or videos are done; it is watched for 5 after the first, however long they take.
 
     Raises:
-        RuntimeError: it ended by itself, or was not ready in time.
+        RuntimeError: it ended by itself, or its first round was not done in time.
     """
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
     try:
         end = time.monotonic() + _START_SECONDS
-        while not ready():
+        while (first := rounds()) < 1:
             _require_alive(process, log)
             if time.monotonic() > end:
-                raise RuntimeError(f"not ready after {_START_SECONDS} s; {log} ends:\n{_end_of(log)}")
+                raise RuntimeError(f"no round was done in {_START_SECONDS} s; {log} ends:\n{_end_of(log)}")
             time.sleep(0.1)
         samples: list[Sample] = []
         begin = time.monotonic()
-        while (seconds := time.monotonic() - begin) < 60 * minutes or len(samples) < _LEAST_SAMPLES:
+        while (
+            (seconds := time.monotonic() - begin) < 60 * minutes
+            or len(samples) < _LEAST_SAMPLES
+            or rounds() < first + _LEAST_ROUNDS
+        ):
             _require_alive(process, log)
             samples.append(sample(process.pid, seconds))
             time.sleep(min(max(0.1, 60 * minutes / 200), 10))
@@ -129,7 +139,11 @@ def _end_of(log: Path) -> str:
 
 
 def growth(samples: Sequence[Sample]) -> list[str]:
-    """What grew, in words: medians of the last quarter against those of the second; the first is the warm-up."""
+    """What grew, in words, from the second quarter to the last; the first is the warm-up.
+
+    Of memory their medians are compared, of files and threads their least: how many are open for batches on their way from
+    data workers goes up and down with each epoch, and what leaks lifts the least of them too.
+    """
     quarter = len(samples) // 4
     if not quarter:
         return [f"{len(samples)} samples are too few to tell"]
@@ -137,18 +151,19 @@ def growth(samples: Sequence[Sample]) -> list[str]:
     found = []
     for name, unit in (("mib", "MiB of memory"), ("workers_mib", "MiB of memory of the workers"),
                        ("files", "open files"), ("threads", "threads")):  # fmt: skip
-        was, now = (statistics.median(getattr(one, name) for one in part) for part in (before, after))
+        level = statistics.median if "mib" in name else min
+        was, now = (level([getattr(one, name) for one in part]) for part in (before, after))
         allowed = _SHARE_ALLOWED * was + _MIB_ALLOWED if "mib" in name else _FILES_ALLOWED
         if now > was + allowed:
             found.append(f"{unit}: {was:.0f} -> {now:.0f}")
     return found
 
 
-def train_command(folder: Path) -> tuple[list[str], Callable[[], bool]]:
+def train_command(folder: Path) -> tuple[list[str], Callable[[], int]]:
     """A training with two data workers that evaluates, writes checkpoints and TensorBoard again and again."""
     from detection.data.drawn import draw_detection_set
 
-    drawn = draw_detection_set(folder / "drawn", 48, 8, (160, 160), 0)
+    drawn = draw_detection_set(folder / "drawn", 36, 8, (160, 160), 0)
     command = [
         *(sys.executable, "-m", "detection.cli.train", f"{ROOT}/configs/finetune.py:detector"),
         *("--data.train.annotations", str(drawn.train_annotations), "--data.train.images", str(drawn.train_images)),
@@ -157,11 +172,14 @@ def train_command(folder: Path) -> tuple[list[str], Callable[[], bool]]:
         *("--model.input-size", "160", "160", "--model.backbone.width", "0.35", "--model.backbone.frozen-stages", "0"),
         *("--train.epochs", "1000000", "--train.checkpoint-every-steps", "3"),
     ]
-    metrics = folder / "run" / "metrics.jsonl"
-    return command, lambda: metrics.exists() and metrics.stat().st_size > 0
+    return command, lambda: _num_lines(folder / "run" / "metrics.jsonl")
 
 
-def video_command(folder: Path) -> tuple[list[str], Callable[[], bool]]:
+def _num_lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def video_command(folder: Path) -> tuple[list[str], Callable[[], int]]:
     """A video that is read, run through a detector and written, again and again in one process."""
     import numpy as np
     import torch
@@ -179,14 +197,13 @@ def video_command(folder: Path) -> tuple[list[str], Callable[[], bool]]:
     config.backbone.width = 0.35
     info = DetectorInfo(model=config, postprocess=PostprocessConfig(), class_names=("a", "b"), category_ids=(1, 2))
     save_detector(folder / "d.safetensors", build_detector(config, 2), info)
-    frames = (np.ascontiguousarray(one.image) for one in draw_video_frames(120, (240, 320), 0))
+    frames = (np.ascontiguousarray(one.image) for one in draw_video_frames(60, (240, 320), 0))
     write_video(folder / "in.mp4", frames, 30.0)
-    found = folder / "out.jsonl"
     command = [
-        *(sys.executable, "-c", _VIDEOS, f"{folder}/d.safetensors", "--source", f"{folder}/in.mp4"),
-        *("--out", f"{folder}/out.mp4", "--json", str(found), "--device", "cpu", "--score", "0.01"),
+        *(sys.executable, "-c", _VIDEOS, f"{folder}/done", f"{folder}/d.safetensors", "--source", f"{folder}/in.mp4"),
+        *("--out", f"{folder}/out.mp4", "--json", f"{folder}/out.jsonl", "--device", "cpu", "--score", "0.01"),
     ]
-    return command, lambda: found.exists() and (folder / "out.mp4").exists()
+    return command, lambda: _num_lines(folder / "done")
 
 
 def draw_curves(path: Path, parts: dict[str, list[Sample]]) -> None:
@@ -221,8 +238,8 @@ def soak(out: Path, minutes: float, names: Sequence[str] = tuple(PARTS)) -> list
     for name in names:
         make = PARTS[name]
         with tempfile.TemporaryDirectory(prefix="litedet-soak-") as folder:
-            command, ready = make(Path(folder))
-            parts[name] = watch(command, out / f"{name}.log", ready, minutes)
+            command, rounds = make(Path(folder))
+            parts[name] = watch(command, out / f"{name}.log", rounds, minutes)
         found += [f"{name}: {text}" for text in growth(parts[name])]
         first, last = parts[name][len(parts[name]) // 4], parts[name][-1]
         print(

@@ -27,8 +27,14 @@ def test_growth_by_hand() -> None:
     assert growth(samples(workers_mib=[900.0 + 2 * number for number in range(100)])) == [
         "MiB of memory of the workers: 974 -> 1074"
     ]
-    assert growth(samples(files=[20 + number // 10 for number in range(100)])) == ["open files: 23 -> 28"]
-    assert growth(samples(threads=[4 + number // 10 for number in range(100)])) == ["threads: 7 -> 12"]
+    assert growth(samples(files=[20 + number // 10 for number in range(100)])) == ["open files: 22 -> 27"]
+    assert growth(samples(threads=[4 + number // 10 for number in range(100)])) == ["threads: 6 -> 11"]
+    assert growth(samples(files=[120 + 7 * (number % 9) * (number > 50) for number in range(100)])) == [], (
+        "fuller queues"
+    )
+    assert growth(samples(files=[120 + 7 * (number % 9) + number // 10 for number in range(100)])) == [
+        "open files: 122 -> 128"
+    ]
 
 
 def test_a_process_that_leaks_is_found(tmp_path: Path) -> None:
@@ -40,13 +46,13 @@ while True:
     kept.append(open("/proc/self/stat"))
     time.sleep(0.02)
 """
-    found = growth(watch([sys.executable, "-c", code], tmp_path / "log", lambda: True, 3 / 60))
+    found = growth(watch([sys.executable, "-c", code], tmp_path / "log", iter(range(1, 1000)).__next__, 3 / 60))
     assert [text.split(":")[0] for text in found] == ["MiB of memory", "open files"]
 
 
 def test_a_process_that_ends_is_told(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)ended by itself with status 1; .*no such data"):
-        watch([sys.executable, "-c", "raise SystemExit('no such data')"], tmp_path / "log", lambda: False, 1)
+        watch([sys.executable, "-c", "raise SystemExit('no such data')"], tmp_path / "log", lambda: 0, 1)
 
 
 @pytest.mark.slow
