@@ -742,7 +742,8 @@ def hold_a_run(run_dir: Path, taken: Any, end: Any) -> None:
         end.wait(60)
 
 
-def test_one_training_in_a_folder(tmp_path: Path) -> None:
+def test_one_training_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("detection.engine.files._ORPHAN_SECONDS", 0.1)
     context = torch.multiprocessing.get_context("spawn")
     taken, end = context.Event(), context.Event()
     process = context.Process(target=hold_a_run, args=(tmp_path / "a" / "run", taken, end))
@@ -759,7 +760,7 @@ def test_one_training_in_a_folder(tmp_path: Path) -> None:
     run(PointsTask(), config_of(), tmp_path / "a" / "run")
 
 
-def test_a_resume_waits_for_the_workers_of_a_killed_training(tmp_path: Path) -> None:
+def test_a_start_waits_for_the_workers_of_a_killed_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(PointsTask(), config_of(), tmp_path / "run")
     lock = FileLock(tmp_path / "run" / ".lock", thread_local=False)
     lock.acquire()
@@ -767,6 +768,7 @@ def test_a_resume_waits_for_the_workers_of_a_killed_training(tmp_path: Path) -> 
     orphans_end.start()
     run(PointsTask(), config_of(resume=True), tmp_path / "run")
     orphans_end.join()
+    assert "run is in use; waiting 15 s at most" in capsys.readouterr().out
 
 
 _FULL_DISK = """

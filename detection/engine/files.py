@@ -33,6 +33,7 @@ _FREE_ON_RESUME: tuple[str, ...] = (
 # What a training alone writes, under its lock: the beginnings that a killed one left can go.
 _WRITTEN = ("last.pt", "best.pt", "config.json", "metrics.jsonl")
 
+# Before filelock 4, data workers of a killed process hold its lock until they see that it is gone: torch looks every 5 s.
 _ORPHAN_SECONDS = 15.0
 
 _Value = TypeVar("_Value")
@@ -161,8 +162,7 @@ def _open(run_dir: Path, resume: bool, repeats: bool, stack: ExitStack) -> dict[
         raise FileNotFoundError(
             f"{last_path} is not there, so there is nothing to resume; start without --train.resume"
         )
-    # Before filelock 4, data workers of a killed process hold its lock until they see that it is gone: torch looks every 5 s.
-    stack.enter_context(_locked(run_dir, _ORPHAN_SECONDS if resume or repeats else 0))
+    stack.enter_context(_locked(run_dir))
     for name in _WRITTEN:
         remove_unfinished(run_dir / name)
     if not resume:
@@ -178,12 +178,18 @@ def _open(run_dir: Path, resume: bool, repeats: bool, stack: ExitStack) -> dict[
 
 
 @contextmanager
-def _locked(run_dir: Path, wait_seconds: float) -> Iterator[None]:
+def _locked(run_dir: Path) -> Iterator[None]:
     made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
     run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / ".lock")
     try:
-        lock.acquire(timeout=wait_seconds)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            print(
+                f"{run_dir} is in use; waiting {_ORPHAN_SECONDS:g} s at most, in case it is by workers of a killed training"
+            )
+            lock.acquire(timeout=_ORPHAN_SECONDS)
     except Timeout:
         raise UserError(
             f"{run_dir}: another training is running in this folder; wait for its end, or use another --run-dir"
