@@ -170,7 +170,8 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str | Pat
         hint: what the message says of the likely cause.
 
     Raises:
-        UserError: names every tensor that is missing, not expected, of another shape, or integers for floats.
+        UserError: names every tensor that is missing, not expected, of another shape, or integers for floats; or the first
+            with an infinity or NaN in it.
     """
     check_state(module, state, source, hint)
     module.load_state_dict(dict(state))
@@ -189,6 +190,12 @@ def check_state(module: nn.Module, state: Mapping[str, Tensor], source: str | Pa
             f"{source} does not fit the network, nothing was loaded ({len(lines)} of {len(own)} tensors differ){hint}:"
         )
         raise UserError("\n  ".join([head, *lines]))
+    damaged = [name for name, one in state.items() if one.is_floating_point() and not torch.isfinite(one).all()]
+    if damaged:
+        raise UserError(
+            f"{source} holds values that are no finite numbers, in {len(damaged)} of {len(own)} tensors, and nothing was loaded: "
+            f"{', '.join(damaged[:4])}{', ...' if len(damaged) > 4 else ''}. The file is damaged, or its training went wrong"
+        )
 
 
 def _refuse_null(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints: round trip, what is refused, and that a reader never meets half a file."""
 
+import math
 import os
 import zipfile
 from collections import OrderedDict
@@ -139,6 +140,18 @@ def test_an_integer_is_no_float() -> None:
     with pytest.raises(UserError, match=r"bias: expected torch\.float32, given torch\.int64"):
         load_state(nn.Linear(2, 3), {"weight": torch.zeros(3, 2), "bias": torch.zeros(3, dtype=torch.int64)}, "a.pt")
     load_state(nn.Linear(2, 3), {"weight": torch.zeros(3, 2).half(), "bias": torch.zeros(3)}, "a.pt")
+
+
+def test_what_is_no_finite_number_is_refused() -> None:
+    for value in (math.nan, -math.inf):
+        layer, weight = nn.Linear(2, 3), torch.zeros(3, 2)
+        weight[2, 1] = value
+        before = layer.weight.clone()
+        with pytest.raises(
+            ValueError, match=r"^a.pt holds values that are no finite numbers, in 1 of 2 tensors.*: weight\."
+        ):
+            load_state(layer, {"weight": weight, "bias": torch.zeros(3)}, "a.pt")
+        assert layer.weight.equal(before)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
