@@ -231,8 +231,8 @@ def test_main_without_an_error(capsys: pytest.CaptureFixture[str]) -> None:
         (FloatingPointError("the loss is no longer finite"), "error: the loss is no longer finite\n"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 MiB. GPU 0 has.\nMore"),
-            "error: memory is full: fewer images at once (--batch-size) need less, and so does --device cpu of a GPU. torch "
-            "says: CUDA out of memory. Tried to allocate 96.00 MiB\n",
+            "error: memory is full: fewer images at once (--batch-size, where there is one) need less, and so does --device "
+            "cpu of a GPU. torch says: CUDA out of memory. Tried to allocate 96.00 MiB\n",
         ),
     ],
 )

@@ -1,6 +1,5 @@
 """What a dataset's size does to the cost of an image: it should do nothing."""
 
-import multiprocessing
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -135,7 +134,7 @@ def worker_growth(dataset: DetectionDataset, samples: int, batch_size: int = 16)
     num_batches = min(samples // batch_size, len(loader))
     for _ in range(max(num_batches // 4, 1)):  # the worker starts with the first
         next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = loader._iterator._workers  # type: ignore[union-attr]  # others may be active
     before = _own_kib(worker.pid)
     for _ in range(num_batches - max(num_batches // 4, 1)):
         next(batches)

@@ -53,8 +53,8 @@ def main_errors(main: _Main | None = None, *, stopped: str = "stopped") -> _Main
 
                 if is_full_memory(error):
                     raise UserError(
-                        "memory is full: fewer images at once (--batch-size) need less, and so does --device cpu of a GPU. "
-                        f"torch says: {what_was_too_much(error)}"
+                        "memory is full: fewer images at once (--batch-size, where there is one) need less, and so does "
+                        f"--device cpu of a GPU. torch says: {what_was_too_much(error)}"
                     ) from error
                 with clear_failures():
                     raise
