@@ -10,6 +10,8 @@ from detection.inference.slices import SlicedPredictor, merge, slice_windows
 from detection.inference.track import LineCounter, Tracked, Tracker
 from detection.structures import Detections
 
+NO_TRACKERS = "--track needs the package trackers (pip install 'litedet[track]')"
+
 
 def found(boxes: list[list[float]], scores: list[float], labels: list[int] | None = None) -> Detections:
     return Detections(
@@ -98,7 +100,7 @@ def test_slices_go_through_the_predictor_in_batches():
 
 
 def test_ids_stay_with_their_objects_and_a_crossing_is_counted_once():
-    pytest.importorskip("trackers", reason="--track needs the package trackers (pip install 'litedet[track]')")
+    pytest.importorskip("trackers", reason=NO_TRACKERS, exc_type=ModuleNotFoundError)
     tracker, counter = Tracker(10, 0.4), LineCounter((50, 100, 50, 0))  # upwards: from left to right is out
     ids = []
     for step in range(12):
@@ -113,7 +115,7 @@ def test_ids_stay_with_their_objects_and_a_crossing_is_counted_once():
 
 
 def test_weak_detections_continue_a_track_and_begin_none():
-    pytest.importorskip("trackers", reason="--track needs the package trackers (pip install 'litedet[track]')")
+    pytest.importorskip("trackers", reason=NO_TRACKERS, exc_type=ModuleNotFoundError)
     tracker = Tracker(10, 0.4)
     assert len(tracker(found([], [])).detections) == 0
     assert len(tracker(found([[10, 10, 40, 60]], [0.2])).detections) == 0
