@@ -298,12 +298,14 @@ def opened(browser: Any) -> Iterator[Callable[..., Page]]:
         page.close()
 
 
-def assert_same(listed: list[tuple[str, list[float]]], expected: Detections, score: float = 0.01) -> None:
+def assert_same(
+    listed: list[tuple[str, list[float]]], expected: Detections, score: float = 0.01, pixels: float = 1
+) -> None:
     assert [name for name, _ in listed] == expected.names()
     assert len(listed) > 0
     for (_, row), box, one in zip(listed, expected.boxes.tolist(), expected.scores.tolist(), strict=True):
         assert row[0] == pytest.approx(one, abs=score)
-        assert row[1:] == pytest.approx(box, abs=1)
+        assert row[1:] == pytest.approx(box, abs=pixels)
 
 
 @needs_browser
@@ -420,13 +422,15 @@ def test_a_photograph_in_float_and_in_eight_bits(tmp_path: Path, runtime: Path, 
     assert len(expected) > 8
     assert_same(opened(tmp_path / "float").look_at(PHOTO), expected)
 
-    # WebAssembly computes the same eight-bit sums as a processor, to the last bit.
+    # WebAssembly computes the same eight-bit sums as a processor, to the last bit. Of an image of the input's size: resizing
+    # differs between the two, by a level here and there, and more with OpenCV 4.
     eight_bits(tmp_path)
     write_page(tmp_path / "int8.onnx", tmp_path / "int8", runtime)
     assert not (tmp_path / "int8" / "ort" / WEBGPU_FILES[0]).exists()
-    expected = load_detector(tmp_path / "int8.onnx", score_threshold=0.25)(PHOTO)
+    cv2.imwrite(str(tmp_path / "placed.png"), cv2.resize(cv2.imread(str(PHOTO)), (300, 300)))
+    expected = load_detector(tmp_path / "int8.onnx", score_threshold=0.25)(tmp_path / "placed.png")
     assert len(expected) > 5
-    assert_same(opened(tmp_path / "int8").look_at(PHOTO), expected)
+    assert_same(opened(tmp_path / "int8").look_at(tmp_path / "placed.png"), expected, score=0.0006, pixels=0.06)
 
 
 def eight_bits(folder: Path) -> None:

@@ -28,7 +28,8 @@ def resize_as_tensorflow(image: NDArray[np.uint8], size: tuple[int, int]) -> NDA
     """Resize uint8 [H, W, 3] to (height, width) with TensorFlow 1's bilinear sampling (``align_corners=False``).
 
     Pixel i of the result is the image at i * H / height: not at the middle of the pixel, and without averaging where the
-    image shrinks. Networks trained so have learnt both.
+    image shrinks. Networks trained so have learnt both. OpenCV 4 rounds these places to 32nds of a pixel: some levels beside
+    TensorFlow's at sharp edges, where OpenCV 5 is within one.
     """
     height, width = size
     if image.shape[:2] == size:
