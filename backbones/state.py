@@ -171,7 +171,7 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], source: str | Pat
 
     Raises:
         UserError: names every tensor that is missing, not expected, of another shape, or integers for floats; or the first
-            with an infinity or NaN in it.
+            with an infinity or NaN in it, or a number too large for the network's dtype.
     """
     check_state(module, state, source, hint)
     module.load_state_dict(dict(state))
@@ -190,7 +190,12 @@ def check_state(module: nn.Module, state: Mapping[str, Tensor], source: str | Pa
             f"{source} does not fit the network, nothing was loaded ({len(lines)} of {len(own)} tensors differ){hint}:"
         )
         raise UserError("\n  ".join([head, *lines]))
-    damaged = [name for name, one in state.items() if one.is_floating_point() and not torch.isfinite(one).all()]
+    # As the network will hold them: what is finite in float64 may be none in float32.
+    damaged = [
+        name
+        for name, one in state.items()
+        if one.is_floating_point() and not torch.isfinite(one.to(own[name].dtype)).all()
+    ]
     if damaged:
         raise UserError(
             f"{source} holds values that are no finite numbers, in {len(damaged)} of {len(own)} tensors, and nothing was loaded: "

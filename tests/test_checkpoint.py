@@ -143,8 +143,8 @@ def test_an_integer_is_no_float() -> None:
 
 
 def test_what_is_no_finite_number_is_refused() -> None:
-    for value in (math.nan, -math.inf):
-        layer, weight = nn.Linear(2, 3), torch.zeros(3, 2)
+    for value in (math.nan, -math.inf, 1e39):  # the last is finite in float64, and above all of float32
+        layer, weight = nn.Linear(2, 3), torch.zeros(3, 2, dtype=torch.float64)
         weight[2, 1] = value
         before = layer.weight.clone()
         with pytest.raises(

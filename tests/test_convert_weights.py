@@ -1,7 +1,9 @@
 """Classifiers of other libraries, both ways, and the converting tool. Run: pytest tests/test_convert_weights.py"""
 
+import copy
 import io
 import json
+import math
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -507,6 +509,17 @@ def test_tflite_of_another_network_is_answered_layer_by_layer(
     (tmp_path / "cut.tflite").write_bytes((tmp_path / "odd.tflite").read_bytes()[:64])
     assert "error:" in fail([str(tmp_path / "cut.tflite"), str(tmp_path / "o.safetensors")], capsys)
     assert not list(tmp_path.glob("o.*"))
+
+
+def test_tflite_with_a_number_that_is_none(tensorflows: Classifier, tmp_path: Path) -> None:
+    damaged = copy.deepcopy(tensorflows)
+    with torch.no_grad():
+        damaged.linear.bias[7] = math.nan
+    write_tflite(tmp_path / "a.tflite", damaged)
+    with pytest.raises(
+        ValueError, match=r"a\.tflite holds values that are no finite numbers, in 1 of .*: linear\.bias\."
+    ):
+        read_tflite(tmp_path / "a.tflite")
 
 
 def test_tool_measures_statistics(tensorflows: Classifier, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -161,6 +161,9 @@ def test_normalisation_of_an_eight_bit_input() -> None:
     assert tflite._normalisation(tensor(3, 1 / 128, 128), 3) == (0.5, 0.5)  # [-1, 1], a step off
     assert tflite._normalisation(tensor(3, 0.02, 51), 3) == pytest.approx((0.2, 1 / 5.1))
     assert tflite._normalisation(tensor(0, 0.02, 51), 3) == (0.5, 0.5)  # floats are taken as they are
+    for scale in (0.0, -0.02, math.inf, math.nan):
+        with pytest.raises(ValueError, match="its input has the scale"):
+            tflite._normalisation(tensor(3, scale, 51), 3)
 
 
 def test_an_export_of_another_kind_makes_no_folder() -> None:

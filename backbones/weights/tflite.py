@@ -7,6 +7,7 @@ convolutions: ``unfold_norms`` takes them out again, so that the network can be 
 Letters in shapes: I O channels in and out, K classes.
 """
 
+import math
 import struct
 import zipfile
 import zlib
@@ -24,7 +25,7 @@ from backbones.classifier import Classifier, ClassifierConfig
 from backbones.errors import UserError
 from backbones.layers import ConvNormAct
 from backbones.mobilenetv2 import MobileNetV2Config
-from backbones.state import existing_file
+from backbones.state import check_state, existing_file
 from backbones.weights.info import WeightsInfo
 from backbones.weights.layouts import PUBLIC_WIDTHS
 
@@ -87,7 +88,8 @@ def read_tflite(path: Path) -> tuple[Classifier, WeightsInfo, list[str]]:
 
     Raises:
         ImportError: the ``tflite`` package is not there.
-        UserError: the file holds something else than a MobileNetV2 classifier; every layer that differs is named.
+        UserError: the file holds something else than a MobileNetV2 classifier; every layer that differs is named. Or it holds
+            an infinity or NaN.
     """
     layers, mean, std = _read_layers(path)
     if len(layers) < 2:
@@ -118,6 +120,7 @@ def read_tflite(path: Path) -> tuple[Classifier, WeightsInfo, list[str]]:
         remarks.append("class 0 of 1001 is the background and was dropped: 1000 classes in ImageNet's usual order")
     classifier.linear.weight.data.copy_(weight)
     classifier.linear.bias.data.copy_(bias)
+    check_state(classifier, classifier.state_dict(), path)  # for an infinity or NaN
     info = WeightsInfo(mean=mean, std=std, class_names=names, source=path.name, layout="tflite", padding="tf_same")
     return classifier.eval(), info, remarks
 
@@ -369,7 +372,10 @@ def _normalisation(tensor: Any, uint8: int) -> tuple[float, float]:
     """Mean and std of the input in units of pixel / 255: [-1, 1], unless the file's own 8-bit input says otherwise."""
     quantization = tensor.Quantization()
     if tensor.Type() == uint8 and quantization is not None and quantization.ScaleLength():
-        mean, std = quantization.ZeroPoint(0) / 255, 1 / (255 * quantization.Scale(0))
+        scale = quantization.Scale(0)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"its input has the scale {scale}")
+        mean, std = quantization.ZeroPoint(0) / 255, 1 / (255 * scale)
         if max(abs(mean - 0.5), abs(std - 0.5)) > 0.01:  # the 8-bit form of [-1, 1] is off by up to one step
             return float(mean), float(std)
     return 0.5, 0.5
