@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from detection.structures import Detections
 
 # Threads of torch's operators wait for each other in a loop, and where another process has a core they wait for one that does
-# not run: on two cores with one busy a prediction of 17 ms took 44. GNU's OpenMP, which torch has on Linux, reads how long to
-# loop before sleeping when torch is loaded. 1,000 rounds cost a prediction a tenth on a quiet machine (17.6 in place of 15.1 ms),
-# and with one core busy it takes 30 ms, with 5,000 rounds 52, with 20,000 some 100. To sleep at once (OMP_WAIT_POLICY=PASSIVE)
-# costs up to a third of a small prediction on a quiet machine.
+# not run. GNU's OpenMP, which torch has on Linux, reads how long to loop before sleeping when torch is loaded. A prediction on two
+# cores, milliseconds by rounds of the loop, the machine quiet and with one core busy:
+#     1,000: 17 to 22, 28 to 33     2,000: 13 to 17, 36 to 41     3,000: 14 to 15, 42 to 45     10,000: 13 to 14, 77 to 87
+# A training step beside a busy process takes as long with 2,000 as with 1,000, and a quarter less than with torch's own 300,000.
 if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
-    os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ["GOMP_SPINCOUNT"] = "2000"
 
 __all__ = ["DetectionTable", "Detections", "Predictor", "draw_detections", "load_detector"]
 
