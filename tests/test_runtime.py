@@ -318,7 +318,7 @@ _WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 def test_waiting_threads_soon_sleep() -> None:
-    assert variables("import detection; import torch") == ["1000", None]
+    assert variables("import detection; import torch") == ["2000", None]
     assert variables("import detection", GOMP_SPINCOUNT="7") == ["7", None]
     assert variables("import detection", OMP_WAIT_POLICY="ACTIVE") == [None, "ACTIVE"]
     assert variables("import sys; sys.modules['torch'] = sys; import detection") == [None, None], (
