@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from detection.structures import Detections
 
 # Threads of torch's operators wait for each other in a loop, and where another process has a core they wait for one that does
-# not run. GNU's OpenMP, which torch has on Linux, reads how long to loop before sleeping when torch is loaded. A prediction on two
-# cores, milliseconds by rounds of the loop, the machine quiet and with one core busy:
-#     1,000: 17 to 22, 28 to 33     2,000: 13 to 17, 36 to 41     3,000: 14 to 15, 42 to 45     10,000: 13 to 14, 77 to 87
+# not run. GNU's OpenMP, which torch has on Linux, reads how long to loop before sleeping when torch is loaded. Milliseconds of a
+# prediction on two cores by rounds of the loop, on a quiet machine and with one core busy:
+#     1,000: 17 to 23, 28 to 33     2,000: 13 to 17, 36 to 41     3,000: 14 to 15, 42 to 45     10,000: 13 to 14, 77 to 87
 # A training step beside a busy process takes as long with 2,000 as with 1,000, and a quarter less than with torch's own 300,000.
 if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
     os.environ["GOMP_SPINCOUNT"] = "2000"
