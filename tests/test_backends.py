@@ -87,12 +87,12 @@ def test_packed_convolutions_say_the_same(
     assert not any(isinstance(layer, torch.nn.Conv2d) for layer in runner._packed.modules())
     assert sum(isinstance(layer, _PackedResidual) for layer in runner._packed.modules()) == sums_inside
     for batch_size, dtype in ((1, torch.uint8), (3, torch.float32)):
-        for call in range(4):  # of modules, then of a recording; in both layouts
+        for call in range(4):  # of modules, then of the trace; in both layouts
             images = torch.randint(0, 256, (batch_size, 3, 96, 128), dtype=torch.uint8).to(dtype)
             images = images if call % 2 else images.contiguous(memory_format=torch.channels_last)
             with torch.inference_mode():
                 expected, found = plain(images), runner(images)
-            assert ((images.shape, dtype) in runner._recordings) == (call >= 2)
+            assert ((images.shape, dtype) in runner._traces) == (call >= 2)
             assert expected.class_logits.std() > 0.01
             # Plain float32 is 1.6e-4 from float64 here; how the sums of the two differ depends on the processor.
             torch.testing.assert_close(found.codes, expected.codes, rtol=1e-4, atol=5e-4)
@@ -100,7 +100,7 @@ def test_packed_convolutions_say_the_same(
             assert found.anchors.equal(expected.anchors)
 
 
-def test_four_recordings_are_kept_and_a_wrong_size_is_refused() -> None:
+def test_four_traces_are_kept_and_a_wrong_size_is_refused() -> None:
     if not can_pack():
         pytest.skip("this processor or this torch has no packed convolutions")
     torch.manual_seed(0)
@@ -110,18 +110,17 @@ def test_four_recordings_are_kept_and_a_wrong_size_is_refused() -> None:
         images = torch.randint(0, 256, (batch_size, 3, 96, 96), dtype=torch.uint8)
         for _ in range(4):
             assert len(runner(images).codes) == batch_size
-    assert [kind[0][0] for kind in runner._recordings] == [1, 2, 3, 4]
+    assert [kind[0][0] for kind in runner._traces] == [1, 2, 3, 4]
     for _ in range(4):
         with pytest.raises(ValueError, match="96"):
             runner(torch.zeros(1, 3, 64, 96, dtype=torch.uint8))
-    assert torch.is_inference_mode_enabled() is False
     found, again = runner(images[:1]), runner(images[1:2])
     assert not found.codes.equal(again.codes), "what was returned is not written over"
     copied = pickle.loads(pickle.dumps(runner))
     assert torch.equal(copied(images[:1]).codes, runner._packed(images[:1]).codes)
 
 
-def test_threads_that_record_at_once() -> None:
+def test_threads_that_trace_at_once() -> None:
     if not can_pack():
         pytest.skip("this processor or this torch has no packed convolutions")
     before = torch.nn.Module.__call__, torch.nn.Module.__getattr__
@@ -134,7 +133,7 @@ def test_threads_that_record_at_once() -> None:
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert (torch.nn.Module.__call__, torch.nn.Module.__getattr__) == before
-    assert len(runner._recordings) == 1
+    assert len(runner._traces) == 1
 
 
 @pytest.mark.slow

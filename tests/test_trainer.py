@@ -768,7 +768,7 @@ def test_a_start_waits_for_the_workers_of_a_killed_training(tmp_path: Path, caps
     orphans_end.start()
     run(PointsTask(), config_of(resume=True), tmp_path / "run")
     orphans_end.join()
-    assert "run is in use; waiting 15 s at most" in capsys.readouterr().out
+    assert "run is in use; waiting 30 s at most" in capsys.readouterr().out
 
 
 _FULL_DISK = """

@@ -422,15 +422,18 @@ def test_a_photograph_in_float_and_in_eight_bits(tmp_path: Path, runtime: Path, 
     assert len(expected) > 8
     assert_same(opened(tmp_path / "float").look_at(PHOTO), expected)
 
-    # WebAssembly computes the same eight-bit sums as a processor, to the last bit. Of an image of the input's size: resizing
-    # differs between the two, by a level here and there, and more with OpenCV 4.
+    # WebAssembly computes the same eight-bit sums as a processor, to the last bit, of an image of the input's size. Resizing
+    # differs between the two by a level here and there, and with OpenCV 4 by some: too much for one pixel.
     eight_bits(tmp_path)
     write_page(tmp_path / "int8.onnx", tmp_path / "int8", runtime)
     assert not (tmp_path / "int8" / "ort" / WEBGPU_FILES[0]).exists()
     cv2.imwrite(str(tmp_path / "placed.png"), cv2.resize(cv2.imread(str(PHOTO)), (300, 300)))
-    expected = load_detector(tmp_path / "int8.onnx", score_threshold=0.25)(tmp_path / "placed.png")
+    detector, page = load_detector(tmp_path / "int8.onnx", score_threshold=0.25), opened(tmp_path / "int8")
+    expected = detector(tmp_path / "placed.png")
     assert len(expected) > 5
-    assert_same(opened(tmp_path / "int8").look_at(tmp_path / "placed.png"), expected, score=0.0006, pixels=0.06)
+    assert_same(page.look_at(tmp_path / "placed.png"), expected, score=0.0006, pixels=0.06)
+    if int(cv2.__version__.split(".")[0]) >= 5:
+        assert_same(opened(tmp_path / "int8").look_at(PHOTO), detector(PHOTO))
 
 
 def eight_bits(folder: Path) -> None:

@@ -33,8 +33,9 @@ _FREE_ON_RESUME: tuple[str, ...] = (
 # What a training alone writes, under its lock: the beginnings that a killed one left can go.
 _WRITTEN = ("last.pt", "best.pt", "config.json", "metrics.jsonl")
 
-# Before filelock 4, data workers of a killed process hold its lock until they see that it is gone: torch looks every 5 s.
-_ORPHAN_SECONDS = 15.0
+# Before filelock 4, data workers of a killed process hold its lock until they see that it is gone: behind the batches that they
+# have been asked for, torch looks every 5 s.
+_ORPHAN_SECONDS = 30.0
 
 _Value = TypeVar("_Value")
 _Config = TypeVar("_Config", bound="RunConfig")

@@ -20,10 +20,10 @@ from detection.models.detector import Detector
 from detection.models.necks import DepthwiseSeparable
 from detection.structures import RawPredictions
 
-# Recording takes a quarter of a second: not for a command that looks at one image, nor for every number of images.
-_CALLS_BEFORE_RECORDING = 2
-_MOST_RECORDINGS = 4
-_RECORDING = threading.Lock()  # torch.fx replaces methods of nn.Module while it records
+# Tracing takes a quarter of a second: not for a command that looks at one image, nor for every number of images.
+_CALLS_BEFORE_TRACING = 2
+_MOST_TRACES = 4
+_ONE_AT_A_TIME = threading.Lock()  # torch.fx replaces methods of nn.Module while it traces
 
 
 class PackedRunner:
@@ -44,20 +44,20 @@ class PackedRunner:
         self.model = model
         self._packed = _packed(model)
         self._calls: Counter[_Kind] = Counter()
-        self._recordings: dict[_Kind, _Recording] = {}
+        self._traces: dict[_Kind, _Trace] = {}
 
     def __call__(self, images: Tensor) -> RawPredictions:
         """See ``Runner``."""
         kind = (images.shape, images.dtype)
-        if kind not in self._recordings:
-            if self._calls[kind] < _CALLS_BEFORE_RECORDING or len(self._recordings) >= _MOST_RECORDINGS:
+        if kind not in self._traces:
+            if self._calls[kind] < _CALLS_BEFORE_TRACING or len(self._traces) >= _MOST_TRACES:
                 self._calls[kind] += 1
                 raw: RawPredictions = self._packed(images)
                 return raw
-            with _RECORDING:
-                if kind not in self._recordings:  # another thread's, meanwhile
-                    self._recordings[kind] = _recorded(self._packed, images)
-        codes, class_logits = self._recordings[kind](images.contiguous(memory_format=torch.channels_last))
+            with _ONE_AT_A_TIME:
+                if kind not in self._traces:  # another thread's, meanwhile
+                    self._traces[kind] = _traced(self._packed, images)
+        codes, class_logits = self._traces[kind](images.contiguous(memory_format=torch.channels_last))
         return RawPredictions(codes, class_logits, self._packed.anchors)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,10 +75,10 @@ def can_pack() -> bool:
 
 
 _Kind = tuple[torch.Size, torch.dtype]
-_Recording = Callable[[Tensor], tuple[Tensor, Tensor]]
+_Trace = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def _recorded(network: Detector, images: Tensor) -> _Recording:
+def _traced(network: Detector, images: Tensor) -> _Trace:
     """A function that calls the operators of a network one after another, for images of this shape and dtype, channels-last."""
 
     def codes_and_logits(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,9 +88,8 @@ def _recorded(network: Detector, images: Tensor) -> _Recording:
     with torch.inference_mode(False), torch.no_grad():
         like = torch.zeros(images.shape, dtype=images.dtype).contiguous(memory_format=torch.channels_last)
         graph = make_fx(codes_and_logits)(like)
-    constants = SimpleNamespace(
-        **dict(graph.named_buffers()), **dict(graph.named_parameters())
-    )  # a module looks for each of them in three dictionaries
+    # Not the module itself, which looks for each of its tensors in three dictionaries.
+    constants = SimpleNamespace(**dict(graph.named_buffers()), **dict(graph.named_parameters()))
     forward = type(graph).forward
     return lambda images: forward(constants, images)
 
