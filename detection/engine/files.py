@@ -188,7 +188,8 @@ def _locked(run_dir: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             print(
-                f"{run_dir} is in use; waiting {_ORPHAN_SECONDS:g} s at most, in case it is by workers of a killed training"
+                f"{run_dir} is in use; waiting {_ORPHAN_SECONDS:g} s at most, in case it is by workers of a killed training",
+                flush=True,
             )
             lock.acquire(timeout=_ORPHAN_SECONDS)
     except Timeout:
