@@ -405,8 +405,9 @@ def test_packages_that_are_not_there(folder: Path, tmp_path: Path, monkeypatch: 
     assert "--engine ray needs the package ray; pip install 'litedet[ray]'" in capsys.readouterr().err
     monkeypatch.setattr(folders.importlib, "import_module", refuse)
     with pytest.raises(SystemExit):
-        predict.main(arguments(folder, tmp_path / "out"))
+        predict.main(arguments(folder, tmp_path / "other"))
     assert "Parquet needs the package pyarrow; pip install 'litedet[predict]'" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_rows_of_a_cluster_come_in_any_order(tmp_path: Path):

@@ -112,10 +112,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from detection.data.coco import CocoIndex
     from detection.engine.runtime import choose_device, keep_freed_memory
     from detection.inference.exported import is_exported, sha256_of_detector
-    from detection.inference.folder import Images, Shards, digest, list_images, open_folder
+    from detection.inference.folder import Images, Shards, digest, list_images, open_folder, require_arrow
     from detection.inference.predictor import load_detector
     from detection.weights.hub import locate
 
+    require_arrow()  # before anything is read or made
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     index = None if config.annotations is None else CocoIndex.read(config.annotations)
     if index is None:
